@@ -1,0 +1,126 @@
+"""`SparseCodes`: the currency of the library. Whatever comes out of an encoder travels as indices and values, never as a dense
+`[tokens, d_sae]` matrix.
+
+Shape suffixes here: `B` tokens, `K` entries of a token, `F` d_sae, `N` entries in all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LatentOrder:
+    """The entries of a code sorted by latent: what a transposed sparse matrix needs. Sorted once, on first use.
+
+    `indices_N` are the latents of all entries in row-major order, `tokens_N` their rows. Within a latent, entries keep the
+    order of the tokens, so sums over them are deterministic.
+    """
+
+    indices_N: Tensor
+    tokens_N: Tensor
+    d_sae: int
+
+    @cached_property
+    def order_N(self) -> Tensor:
+        """Positions of the entries, latent by latent."""
+        return torch.argsort(self.indices_N, stable=True)
+
+    @cached_property
+    def sorted_tokens_N(self) -> Tensor:
+        return self.tokens_N[self.order_N]
+
+    @cached_property
+    def starts_F(self) -> Tensor:
+        """Where each latent's entries begin in `order_N`."""
+        counts_F = torch.bincount(self.indices_N, minlength=self.d_sae)
+        return torch.cumsum(counts_F, 0) - counts_F
+
+
+@dataclass
+class SparseCodes:
+    """The active latents of `B` tokens.
+
+    Fixed-k codes hold `indices` and `values` of shape [B, K] and no `offsets`; an entry whose value is 0 is padding. Ragged
+    codes hold flat [N] tensors and `offsets` [B + 1] (int64) where each row begins. `indices` are int64 on the way through
+    torch and int32 on disk.
+    """
+
+    indices: Tensor
+    values: Tensor
+    d_sae: int
+    offsets: Tensor | None = None
+    _order: LatentOrder | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.indices.shape != self.values.shape:
+            raise ValueError(f"indices {tuple(self.indices.shape)} and values {tuple(self.values.shape)} differ in shape")
+        if (self.offsets is None) != (self.indices.ndim == 2):
+            raise ValueError("fixed-k codes are [B, K] without offsets; ragged codes are flat with offsets")
+
+    @classmethod
+    def from_dense(cls, dense_BF: Tensor) -> SparseCodes:
+        """All non-zero entries of a dense code, as ragged codes."""
+        rows_N, indices_N = dense_BF.nonzero(as_tuple=True)
+        counts_B = torch.bincount(rows_N, minlength=len(dense_BF))
+        offsets = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])
+        return cls(indices_N, dense_BF[rows_N, indices_N], dense_BF.shape[1], offsets)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.indices) if self.offsets is None else len(self.offsets) - 1
+
+    def __getitem__(self, rows: slice) -> SparseCodes:
+        """A contiguous range of tokens."""
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError("codes are sliced in contiguous ranges of tokens")
+        if self.offsets is None:
+            return SparseCodes(self.indices[start:stop], self.values[start:stop], self.d_sae)
+        first, last = int(self.offsets[start]), int(self.offsets[max(start, stop)])
+        offsets = self.offsets[start : max(start, stop) + 1] - first
+        return SparseCodes(self.indices[first:last], self.values[first:last], self.d_sae, offsets)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The row of every entry, flat, in row-major order: [N] int64."""
+        if self.offsets is None:
+            rows_B = torch.arange(len(self), device=self.indices.device)
+            return rows_B.repeat_interleave(self.indices.shape[1])
+        return torch.repeat_interleave(torch.arange(len(self), device=self.indices.device), self.offsets.diff())
+
+    @property
+    def order(self) -> LatentOrder:
+        """The same entries by latent (computed once)."""
+        if self._order is None:
+            self._order = LatentOrder(self.indices.reshape(-1), self.tokens, self.d_sae)
+        return self._order
+
+    def nonzero(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, latent, value) of every entry that is not padding, each [N], row-major."""
+        values_N = self.values.reshape(-1)
+        kept_N = values_N != 0
+        return self.tokens[kept_N], self.indices.reshape(-1)[kept_N], values_N[kept_N]
+
+    def l0(self) -> Tensor:
+        """Active latents of each token: [B] int64."""
+        if self.offsets is None:
+            return (self.values != 0).sum(1)
+        return torch.zeros(len(self), dtype=torch.int64, device=self.values.device).index_add_(0, self.tokens, (self.values != 0).long())
+
+    def firings(self) -> Tensor:
+        """How many tokens each latent is active on: [F] int64."""
+        active_N = (self.values.reshape(-1) != 0).long()
+        return torch.zeros(self.d_sae, dtype=torch.int64, device=active_N.device).index_add_(0, self.indices.reshape(-1).long(), active_N)
+
+    def to_dense(self) -> Tensor:
+        """The [B, F] matrix: for tests and small dictionaries; entries of the same latent add up."""
+        dense_BF = self.values.new_zeros(len(self), self.d_sae)
+        return dense_BF.index_put((self.tokens, self.indices.reshape(-1).long()), self.values.reshape(-1), accumulate=True)
+
+    def detach(self) -> SparseCodes:
+        return SparseCodes(self.indices, self.values.detach(), self.d_sae, self.offsets, self._order)

@@ -1,0 +1,157 @@
+"""How anything is written: safetensors and JSON under a directory with a `manifest.json`, atomically, and checked on reading.
+
+A file appears under its name only when it is whole: it is written beside its place, flushed to the disk and renamed. A
+directory does the same as a whole. The manifest names the format, its version and the SHA-256 of every file; no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from saebench.errors import UserError
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    """Content hash of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(value: Any) -> str:
+    """A short content hash of anything JSON can hold: the name of a configuration."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to the given temporary path; on leaving without an exception it takes the place of `path` at once.
+
+    A full disk becomes a `UserError` that names the file, and the partial file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+        _flush(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise UserError(f"no space left while writing {path}: free some space and run the command again to continue") from error
+        raise
+
+
+@contextlib.contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """As `replacing`, for a directory with everything in it; `path` must not exist yet."""
+    temporary = path.with_name(f".{path.name}.partial")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            _flush(file)
+        temporary.replace(path)
+        _flush(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_disk_full(error):
+            raise UserError(f"no space left while writing {path}: free some space and run the command again to continue") from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception of Python or of safetensors says that the disk is full."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, SafetensorError) and ("No space left" in str(error) or "quota" in str(error).lower())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError where the file is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write one safetensors file atomically."""
+    with replacing(path) as temporary:
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, temporary, metadata=dict(metadata or {}))
+
+
+def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """All tensors of one safetensors file. Raises UserError where it is missing or damaged."""
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safetensors handle is no mapping)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def write_manifest(directory: Path, format_name: str, version: int, content: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Write the manifest of a directory: format, version, the SHA-256 of its files and whatever describes them."""
+    write_json(directory / MANIFEST, {"format": format_name, "version": version, **content, "files": dict(files)})
+
+
+def read_manifest(directory: Path, format_name: str, version: int, fields: set[str]) -> dict[str, Any]:
+    """The manifest of a directory; UserError names a missing one, another format or version, and unknown or missing fields."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory")
+    if not (directory / MANIFEST).exists():
+        raise UserError(f"{directory} is not a {format_name}: it has no {MANIFEST}")
+    manifest = read_json(directory / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("format") != format_name:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise UserError(f"{directory} is not a {format_name}: its manifest says {found!r}")
+    if manifest.get("version") != version:
+        raise UserError(f"{directory} is a {format_name} of version {manifest.get('version')}; this saebench reads version {version}")
+    expected = fields | {"format", "version", "files"}
+    if unknown := sorted(set(manifest) - expected):
+        raise UserError(f"{directory / MANIFEST} has unknown fields: {', '.join(unknown)}")
+    if missing := sorted(expected - set(manifest)):
+        raise UserError(f"{directory / MANIFEST} lacks the fields {', '.join(missing)}")
+    return manifest
+
+
+def check_files(directory: Path, files: Mapping[str, str]) -> None:
+    """Compare every file with its hash; UserError names the first that is missing or differs."""
+    for name, expected in files.items():
+        path = directory / name
+        if not path.exists():
+            raise UserError(f"{path} is missing: the manifest lists it")
+        if sha256(path) != expected:
+            raise UserError(f"{path} is damaged: its content does not match the hash in {MANIFEST}")

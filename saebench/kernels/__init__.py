@@ -1,0 +1,13 @@
+"""The few operations that cost time. Each file holds one operation behind one function, with its implementations beside it:
+
+- `reference`: plain tensor algebra over dense matrices, any dtype, differentiated by autograd; the twin every test compares with.
+- `torch`: sparse from selection on, in stock torch operations; runs on any device and is the default.
+
+`use_implementation("reference")` switches all of them, for tests and for measuring.
+"""
+
+from saebench.kernels.encode_topk import encode_topk
+from saebench.kernels.implementations import current_implementation, use_implementation
+from saebench.kernels.sparse_decode import sparse_decode
+
+__all__ = ["encode_topk", "sparse_decode", "current_implementation", "use_implementation"]

@@ -1,0 +1,181 @@
+"""A language model: load it, read its sites, replace what stands there, generate.
+
+The model itself is the plain Hugging Face one, so its logits are Hugging Face's; names come from TransformerLens (`sites.py`).
+Shape suffixes: `B` contexts in a batch, `S` positions, `D` width of a site, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saebench.errors import UserError
+from saebench.lm.sites import Site, SiteTable, hooked, read_sites
+
+BUILTIN = Path(__file__).parent / "builtin"
+ENDS_HASHED = 1 << 20
+
+
+def load_lm(name: str | Path = "builtin", *, device: str = "auto", dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """Load a causal language model: `builtin`, a Hugging Face checkpoint directory, or the name of a model on the hub.
+
+    `device` is `auto` (CUDA where there is one), `cpu`, `cuda` or any torch device. Only safetensors weights are read.
+    Raises UserError when the model is not found, incomplete, or the hub cannot be reached.
+    """
+    name = str(name)
+    directory = BUILTIN if name == "builtin" else Path(name).expanduser()
+    local = name == "builtin" or directory.exists()
+    if local:
+        _check_checkpoint(directory)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"model directory {name} does not exist: give builtin, a checkpoint directory, or a hub name")
+    source = str(directory) if local else name
+
+    import transformers
+
+    quiet = transformers.utils.logging
+    verbosity = quiet.get_verbosity()
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=local)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if local:
+            raise UserError(f"cannot load a language model from {directory}: {reason}") from error
+        raise UserError(f"cannot load model {name!r} from the hub ({reason}): check the name and the network, or give a local directory") from error
+    finally:
+        quiet.set_verbosity(verbosity)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    fingerprint = fingerprint_of(directory) if local else getattr(model.config, "_commit_hash", None) or "unknown"
+    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer, fingerprint)
+
+
+def _check_checkpoint(directory: Path) -> None:
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory: a local model is a Hugging Face checkpoint directory")
+    if not (directory / "config.json").exists():
+        raise UserError(f"{directory} has no config.json: a local model is a Hugging Face checkpoint directory")
+    if not list(directory.glob("*.safetensors")):
+        raise UserError(f"{directory} has no .safetensors weights: convert them first (pickled weights are never read)")
+
+
+def fingerprint_of(directory: Path) -> str:
+    """A hash of a checkpoint: its config, and the name, size, first and last MiB of every weight file."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(directory.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(ENDS_HASHED))
+            file.seek(max(0, size - ENDS_HASHED))
+            digest.update(file.read(ENDS_HASHED))
+    return digest.hexdigest()[:16]
+
+
+class LanguageModel:
+    """A causal language model with its tokenizer. `hf` is the Hugging Face model, `bridge` TransformerLens' view of it."""
+
+    def __init__(self, name: str, hf: Any, tokenizer: Any, fingerprint: str):
+        self.name, self.hf, self.tokenizer, self.fingerprint = name, hf, tokenizer, fingerprint
+        self._widths: dict[str, int] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    @property
+    def max_context(self) -> int | None:
+        """The most tokens the model's positions allow, or None where nothing limits them."""
+        return getattr(self.hf.config, "max_position_embeddings", None)
+
+    @cached_property
+    def site_table(self) -> SiteTable:
+        os.environ.setdefault("TRANSFORMERLENS_DISABLE_TELEMETRY", "1")
+        from transformer_lens.model_bridge import TransformerBridge
+
+        def boot(twin: Any) -> Any:
+            source = str(BUILTIN) if self.name == "builtin" else self.name
+            return TransformerBridge.boot_transformers(source, hf_model=twin, tokenizer=self.tokenizer, device=str(self.device))
+
+        return SiteTable(self.hf, boot)
+
+    @property
+    def bridge(self) -> Any:
+        """TransformerLens' `TransformerBridge` of this model, sharing its weights."""
+        return self.site_table.bridge
+
+    def sites(self) -> list[str]:
+        """The names of the common sites, in the order in which the model computes them."""
+        return self.site_table.names()
+
+    def site(self, name: str) -> Site:
+        """Resolve a TransformerLens name. Raises UserError with the valid names."""
+        return self.site_table[name]
+
+    def width(self, site: str) -> int:
+        """Numbers per token at a site. Raises UserError where the site does not hold one vector per token."""
+        if site not in self._widths:
+            value = self.read(torch.zeros(2, 3, dtype=torch.int64), [site])[site]
+            if value.ndim != 3 or value.shape[:2] != (2, 3):
+                raise UserError(f"site {site!r} holds a tensor of shape {tuple(value.shape)}, not one vector per token")
+            self._widths[site] = value.shape[2]
+        return self._widths[site]
+
+    @torch.inference_mode()
+    def read(self, ids_BS: Tensor, sites: Sequence[str]) -> dict[str, Tensor]:
+        """The activations at some sites, [B, S, D] each; the model runs to the deepest of them and stops."""
+        ids_BS = self._checked(ids_BS)
+        base = self.hf.base_model  # without the unembedding, which no site but the logits needs
+        return read_sites(self.hf, [self.site(name) for name in sites], lambda: base(ids_BS, use_cache=False))
+
+    @torch.inference_mode()
+    def logits(self, ids_BS: Tensor) -> Tensor:
+        """Next-token logits: [B, S, V]."""
+        return self.hf(self._checked(ids_BS), use_cache=False).logits
+
+    @contextmanager
+    def edit(self, functions: dict[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+        """Replace sites while the block runs: each function gets the [B, S, D] tensor of its site and returns the one to go on
+        with, or None to leave it. Holds for every forward pass inside, generation with a cache included."""
+        with hooked(self.hf, {self.site(name): function for name, function in functions.items()}):
+            yield
+
+    @torch.inference_mode()
+    def generate(self, prompt: str, max_new_tokens: int = 50, *, temperature: float = 0.0, seed: int = 0) -> str:
+        """Continue a prompt, with a key-value cache; greedy at temperature 0, sampled with `seed` otherwise. Returns the new text."""
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if self.tokenizer.bos_token_id is not None:
+            ids = [self.tokenizer.bos_token_id, *ids]
+        if not ids:
+            raise UserError("the prompt is empty and the tokenizer has no BOS token: give at least one token")
+        if self.max_context is not None and len(ids) + max_new_tokens > self.max_context:
+            raise UserError(f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {self.max_context} positions")
+        ids_BS = torch.tensor([ids], device=self.device)
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        end = self.tokenizer.eos_token_id
+        out = self.hf.generate(
+            ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=end, **sampling
+        )
+        return self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+    @cached_property
+    def token_strings(self) -> list[str]:
+        """The text of every token of the vocabulary."""
+        return self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
+
+    def _checked(self, ids_BS: Tensor) -> Tensor:
+        if self.max_context is not None and ids_BS.shape[1] > self.max_context:
+            raise UserError(f"context_size={ids_BS.shape[1]} exceeds the model's {self.max_context} positions")
+        return ids_BS.to(self.device, dtype=torch.int64)
