@@ -110,12 +110,16 @@ class SparseCodes:
         """Active latents of each token: [B] int64."""
         if self.offsets is None:
             return (self.values != 0).sum(1)
-        return torch.zeros(len(self), dtype=torch.int64, device=self.values.device).index_add_(0, self.tokens, (self.values != 0).long())
+        return torch.zeros(len(self), dtype=torch.int64, device=self.values.device).index_add_(
+            0, self.tokens, (self.values != 0).long()
+        )
 
     def firings(self) -> Tensor:
         """How many tokens each latent is active on: [F] int64."""
         active_N = (self.values.reshape(-1) != 0).long()
-        return torch.zeros(self.d_sae, dtype=torch.int64, device=active_N.device).index_add_(0, self.indices.reshape(-1).long(), active_N)
+        return torch.zeros(self.d_sae, dtype=torch.int64, device=active_N.device).index_add_(
+            0, self.indices.reshape(-1).long(), active_N
+        )
 
     def to_dense(self) -> Tensor:
         """The [B, F] matrix: for tests and small dictionaries; entries of the same latent add up."""

@@ -51,7 +51,9 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error):
-            raise UserError(f"no space left while writing {path}: free some space and run the command again to continue") from error
+            raise UserError(
+                f"no space left while writing {path}: free some space and run the command again to continue"
+            ) from error
         raise
 
 
@@ -71,7 +73,9 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
-            raise UserError(f"no space left while writing {path}: free some space and run the command again to continue") from error
+            raise UserError(
+                f"no space left while writing {path}: free some space and run the command again to continue"
+            ) from error
         raise
 
 
@@ -122,28 +126,32 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, to
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def write_manifest(directory: Path, format_name: str, version: int, content: Mapping[str, Any], files: Mapping[str, str]) -> None:
+def write_manifest(
+    directory: Path, format_name: str, version: int, content: Mapping[str, Any], files: Mapping[str, str], name: str = MANIFEST
+) -> None:
     """Write the manifest of a directory: format, version, the SHA-256 of its files and whatever describes them."""
-    write_json(directory / MANIFEST, {"format": format_name, "version": version, **content, "files": dict(files)})
+    write_json(directory / name, {"format": format_name, "version": version, **content, "files": dict(files)})
 
 
-def read_manifest(directory: Path, format_name: str, version: int, fields: set[str]) -> dict[str, Any]:
+def read_manifest(directory: Path, format_name: str, version: int, fields: set[str], name: str = MANIFEST) -> dict[str, Any]:
     """The manifest of a directory; UserError names a missing one, another format or version, and unknown or missing fields."""
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
-    if not (directory / MANIFEST).exists():
-        raise UserError(f"{directory} is not a {format_name}: it has no {MANIFEST}")
-    manifest = read_json(directory / MANIFEST)
+    if not (directory / name).exists():
+        raise UserError(f"{directory} is not a {format_name}: it has no {name}")
+    manifest = read_json(directory / name)
     if not isinstance(manifest, dict) or manifest.get("format") != format_name:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise UserError(f"{directory} is not a {format_name}: its manifest says {found!r}")
     if manifest.get("version") != version:
-        raise UserError(f"{directory} is a {format_name} of version {manifest.get('version')}; this saebench reads version {version}")
+        raise UserError(
+            f"{directory} is a {format_name} of version {manifest.get('version')}; this saebench reads version {version}"
+        )
     expected = fields | {"format", "version", "files"}
     if unknown := sorted(set(manifest) - expected):
-        raise UserError(f"{directory / MANIFEST} has unknown fields: {', '.join(unknown)}")
+        raise UserError(f"{directory / name} has unknown fields: {', '.join(unknown)}")
     if missing := sorted(expected - set(manifest)):
-        raise UserError(f"{directory / MANIFEST} lacks the fields {', '.join(missing)}")
+        raise UserError(f"{directory / name} lacks the fields {', '.join(missing)}")
     return manifest
 
 
@@ -154,4 +162,4 @@ def check_files(directory: Path, files: Mapping[str, str]) -> None:
         if not path.exists():
             raise UserError(f"{path} is missing: the manifest lists it")
         if sha256(path) != expected:
-            raise UserError(f"{path} is damaged: its content does not match the hash in {MANIFEST}")
+            raise UserError(f"{path} is damaged: its content does not match its recorded hash")

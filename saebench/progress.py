@@ -72,6 +72,8 @@ def _lines(what: str, total: int, unit: str, done: int) -> Iterator[Report]:
             last = now
             rate = fresh / max(1e-9, now - started)
             left = (total - done - fresh) / max(1e-9, rate)
-            say(f"{what}: {done + fresh:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left:.0f} s left{'; ' + note if note else ''}")
+            say(
+                f"{what}: {done + fresh:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left:.0f} s left{'; ' + note if note else ''}"
+            )
 
     yield report

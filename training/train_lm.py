@@ -157,7 +157,7 @@ def load_state(path: Path, model, opts) -> int:
             p.data.copy_(f.get_tensor(f"model/{name}"))
         for number, opt in enumerate(opts):
             state: dict = {}
-            for key in f.keys():
+            for key in f:
                 if key.startswith(f"optimiser{number}/"):
                     _, index, field = key.split("/")
                     state.setdefault(int(index), {})[field] = f.get_tensor(key)
@@ -184,8 +184,12 @@ def main() -> None:
         held_out, held_bytes = stream[cut:], round(num_bytes / 20)
         stream = stream[:cut]
     if len(stream) < args.context:
-        raise SystemExit(f"error: the text has {len(stream)} tokens, less than one context of {args.context}: use a longer text or --context")
-    print(f"{len(stream):,} training tokens, {len(held_out):,} held out; {held_bytes / len(held_out):.2f} bytes a token", flush=True)
+        raise SystemExit(
+            f"error: the text has {len(stream)} tokens, less than one context of {args.context}: use a longer text or --context"
+        )
+    print(
+        f"{len(stream):,} training tokens, {len(held_out):,} held out; {held_bytes / len(held_out):.2f} bytes a token", flush=True
+    )
 
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=args.context, n_embd=args.width, n_layer=args.layers, n_head=args.heads,
@@ -197,7 +201,12 @@ def main() -> None:
     state_file, log_file = args.out / "training_state.safetensors", args.out / "training_log.jsonl"
     first = load_state(state_file, model, opts) if state_file.exists() else 0
     print(f"{model.num_parameters():,} parameters; starting at step {first} of {args.steps}", flush=True)
-    rates = [group["lr"] for opt, lr in zip(opts, (args.lr_muon, args.lr_adam), strict=True) for group in opt.param_groups if not group.update(lr=lr)]
+    rates = [
+        group["lr"]
+        for opt, lr in zip(opts, (args.lr_muon, args.lr_adam), strict=True)
+        for group in opt.param_groups
+        if not group.update(lr=lr)
+    ]
 
     started, losses = time.perf_counter(), []
     for step in range(first, args.steps):

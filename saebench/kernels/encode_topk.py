@@ -57,7 +57,9 @@ def select_topk(z_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 class _EncodeTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Tensor, k: int) -> tuple[Tensor, Tensor, LatentOrder]:
+    def forward(
+        ctx: Any, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, LatentOrder]:
         num_tokens, d_sae = len(x_BD), len(W_enc_FD)
         k = min(k, d_sae)
         centred_BD = x_BD - b_in_D
@@ -83,7 +85,9 @@ class _EncodeTopK(torch.autograd.Function):
         d_sae = len(W_enc_FD)
         grad_z_BK = grad_values_BK * (values_BK > 0)
         need_x, need_W, need_b, need_b_in = ctx.needs_input_grad[:4]
-        grad_x = torch.nn.functional.embedding_bag(indices_BK, W_enc_FD, per_sample_weights=grad_z_BK, mode="sum") if need_x else None
+        grad_x = (
+            torch.nn.functional.embedding_bag(indices_BK, W_enc_FD, per_sample_weights=grad_z_BK, mode="sum") if need_x else None
+        )
         grad_W = latent_sums(ctx.order, grad_z_BK, centred_BD) if need_W else None
         grad_b = grad_b_in = None
         if need_b or need_b_in:

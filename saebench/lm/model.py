@@ -46,13 +46,17 @@ def load_lm(name: str | Path = "builtin", *, device: str = "auto", dtype: torch.
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, local_files_only=local)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, local_files_only=local
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         if local:
             raise UserError(f"cannot load a language model from {directory}: {reason}") from error
-        raise UserError(f"cannot load model {name!r} from the hub ({reason}): check the name and the network, or give a local directory") from error
+        raise UserError(
+            f"cannot load model {name!r} from the hub ({reason}): check the name and the network, or give a local directory"
+        ) from error
     finally:
         quiet.set_verbosity(verbosity)
     if device == "auto":
@@ -160,13 +164,20 @@ class LanguageModel:
         if not ids:
             raise UserError("the prompt is empty and the tokenizer has no BOS token: give at least one token")
         if self.max_context is not None and len(ids) + max_new_tokens > self.max_context:
-            raise UserError(f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {self.max_context} positions")
+            raise UserError(
+                f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {self.max_context} positions"
+            )
         ids_BS = torch.tensor([ids], device=self.device)
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         end = self.tokenizer.eos_token_id
         out = self.hf.generate(
-            ids_BS, attention_mask=torch.ones_like(ids_BS), max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=end, **sampling
+            ids_BS,
+            attention_mask=torch.ones_like(ids_BS),
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            pad_token_id=end,
+            **sampling,
         )
         return self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
 
@@ -175,7 +186,13 @@ class LanguageModel:
         """The text of every token of the vocabulary."""
         return self.tokenizer.batch_decode([[i] for i in range(len(self.tokenizer))])
 
+    def check_context(self, context_size: int) -> None:
+        """Raises UserError where contexts of this size are longer than the model's positions."""
+        if self.max_context is not None and context_size > self.max_context:
+            raise UserError(
+                f"context_size={context_size} exceeds the {self.max_context} positions of model {self.name!r}: lower it"
+            )
+
     def _checked(self, ids_BS: Tensor) -> Tensor:
-        if self.max_context is not None and ids_BS.shape[1] > self.max_context:
-            raise UserError(f"context_size={ids_BS.shape[1]} exceeds the model's {self.max_context} positions")
+        self.check_context(ids_BS.shape[1])
         return ids_BS.to(self.device, dtype=torch.int64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,11 +90,8 @@ def read_sites(model: nn.Module, sites: list[Site], run: Callable[[], Any]) -> d
         if len(seen) == len(sites):
             raise _AllRead
 
-    with hooked(model, {site: (lambda value, name=site.name: keep(name, value)) for site in sites}):
-        try:
-            run()
-        except _AllRead:
-            pass
+    with hooked(model, {site: (lambda value, name=site.name: keep(name, value)) for site in sites}), suppress(_AllRead):
+        run()
     return seen
 
 

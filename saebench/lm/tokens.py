@@ -71,7 +71,9 @@ def pack(text: Text, tokenizer: Any, context_size: int, num_tokens: int | None =
     if not names:
         raise UserError(f"text {text.name!r} is empty: nothing to tokenise")
     if length < body:
-        raise UserError(f"text {text.name!r} has {length} tokens, less than one context of {context_size}: use more text or a smaller context_size")
+        raise UserError(
+            f"text {text.name!r} has {length} tokens, less than one context of {context_size}: use more text or a smaller context_size"
+        )
     count = length // body if wanted is None else min(wanted, length // body)
 
     first = 0 if separator is None else -1

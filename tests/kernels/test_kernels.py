@@ -42,7 +42,7 @@ def test_gradcheck_with_fixed_selection():
 
 def test_gradient_to_the_input_can_be_left_out():
     x, *rest = problem(8, 5, 9)
-    codes, x_hat = autoencode(x.detach(), *rest, 2)
+    _codes, x_hat = autoencode(x.detach(), *rest, 2)
     x_hat.sum().backward()
     assert x.grad is None
     assert all(t.grad is not None for t in rest)

@@ -1,0 +1,51 @@
+"""saebench: a workbench for sparse-autoencoder interpretability.
+
+    import saebench as sb
+    lm    = sb.load_lm("builtin")
+    store = sb.harvest(lm, sb.builtin_text(), sites=["blocks.2.hook_resid_post"], num_tokens=1_000_000, out="acts/demo")
+    sae   = sb.train(sb.TopK(d_sae=4096, k=32), store, sb.TrainConfig(num_tokens=1_000_000, lr=1e-3))
+    codes = sae.encode(x_BD); x_hat_BD = sae.decode(codes)
+    sae.save("my-sae"); sae = sb.load("my-sae")
+
+Names are imported when first used, so that `import saebench` itself is quick.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "load_lm": "saebench.lm:load_lm",
+    "LanguageModel": "saebench.lm:LanguageModel",
+    "builtin_text": "saebench.lm:builtin_text",
+    "load_text": "saebench.lm:load_text",
+    "pack": "saebench.lm:pack",
+    "harvest": "saebench.activations:harvest",
+    "ActivationStore": "saebench.activations:ActivationStore",
+    "ActivationStream": "saebench.activations:ActivationStream",
+    "Batches": "saebench.activations:Batches",
+    "SparseCodes": "saebench.codes:SparseCodes",
+    "TopK": "saebench.dictionaries:TopK",
+    "Dictionary": "saebench.dictionaries:Dictionary",
+    "load": "saebench.dictionaries:load_dictionary",
+    "train": "saebench.trainer:train",
+    "TrainConfig": "saebench.trainer:TrainConfig",
+    "evaluate": "saebench.evaluation:evaluate",
+    "UserError": "saebench.errors:UserError",
+}
+
+__all__ = list(_NAMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'saebench' has no attribute {name!r}")
+    module, _, attribute = _NAMES[name].partition(":")
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES])

@@ -1,0 +1,142 @@
+"""Shuffled batches of tokens from a store or a stream.
+
+The order is a function of the seed: an epoch permutes the contexts of the whole corpus, takes them in groups that fit in memory,
+and permutes the tokens inside each group. So contexts are read whole, a batch mixes hundreds of documents, every token comes once an epoch,
+and the batch at any position can be had at once: resuming needs only its number. The next group is read in the background.
+
+Shape suffixes: `N` contexts, `S` positions, `B` tokens in a batch, `D` width of a site, `R` rows of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saebench.activations.encoding import Encoded
+from saebench.activations.statistics import SiteStatistics
+from saebench.errors import UserError
+
+GROUP_BYTES = 128 << 20
+MIX = 1_000_003
+
+
+class Source(Protocol):
+    """What batches are drawn from: `ActivationStore` or `ActivationStream`."""
+
+    widths: dict[str, int]
+    num_contexts: int
+    context_size: int
+
+    @property
+    def identity(self) -> str: ...
+    @property
+    def num_tokens(self) -> int: ...
+    def verify(self) -> None: ...
+    def check_sites(self, sites: list[str]) -> None: ...
+    def fetch(self, contexts_N: Tensor, sites: list[str]) -> dict[str, Encoded]: ...
+    def statistics(self, site: str) -> SiteStatistics: ...
+
+
+class Batches:
+    """An endless sequence of batches, each a dict of site to float32 [B, D]; `position` is the number of the next one.
+
+    Position 0 of every context is left out (`skip=1`). With `world > 1` each rank sees its own part of every epoch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sites: Sequence[str],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        position: int = 0,
+        skip: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.source, self.sites, self.batch_size = source, list(dict.fromkeys(sites)), batch_size
+        self.seed, self.position, self.skip, self.rank, self.world = seed, position, skip, rank, world
+        source.check_sites(self.sites)
+        if not 0 <= rank < world:
+            raise UserError(f"rank={rank} is not in a world of {world}")
+        self.rows_per_context = source.context_size - skip
+        self.contexts_per_epoch = source.num_contexts // world  # equal for all ranks; the remainder differs from epoch to epoch
+        if self.contexts_per_epoch < 1 or self.rows_per_context < 1:
+            raise UserError(f"{source.num_contexts} contexts of {source.context_size} tokens are too few for {world} ranks")
+        context_bytes = source.context_size * sum(source.widths[site] for site in self.sites) * 4
+        fitting = max(1, GROUP_BYTES // context_bytes)
+        needed = -(-2 * batch_size // self.rows_per_context)
+        self.contexts_per_group = min(max(fitting, needed), self.contexts_per_epoch)
+        self._epoch: tuple[int, Tensor] | None = None
+        self._groups: dict[int, Future] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        return self.contexts_per_epoch * self.rows_per_context
+
+    @property
+    def groups_per_epoch(self) -> int:
+        return -(-self.contexts_per_epoch // self.contexts_per_group)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        """The next batch. Raises UserError naming site and batch when it holds NaN or Inf."""
+        start = self.position * self.batch_size
+        pieces: dict[str, list[Tensor]] = {site: [] for site in self.sites}
+        wanted = self.batch_size
+        while wanted:
+            epoch, row = divmod(start, self.tokens_per_epoch)
+            number, row = divmod(row, self.contexts_per_group * self.rows_per_context)
+            order_R, encoded = self._group(epoch * self.groups_per_epoch + number)
+            index = order_R[row : row + wanted]
+            for site in self.sites:
+                pieces[site].append(encoded[site].take(index))
+            start += len(index)
+            wanted -= len(index)
+        batch = {site: torch.cat(parts) if len(parts) > 1 else parts[0] for site, parts in pieces.items()}
+        for site, x_BD in batch.items():
+            if not torch.isfinite(x_BD.sum()):
+                raise UserError(
+                    f"NaN or Inf in the activations of site {site!r}, batch {self.position}: check the model and the store"
+                )
+        self.position += 1
+        return batch
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _group(self, number: int) -> tuple[Tensor, dict[str, Encoded]]:
+        for wanted in (number, number + 1):
+            if wanted not in self._groups:
+                self._groups[wanted] = self._pool.submit(self._load, wanted)
+        for old in [n for n in self._groups if n < number]:
+            del self._groups[old]
+        return self._groups[number].result()
+
+    def _load(self, number: int) -> tuple[Tensor, dict[str, Encoded]]:
+        epoch, group = divmod(number, self.groups_per_epoch)
+        contexts_N = self._contexts_of(epoch)[group * self.contexts_per_group : (group + 1) * self.contexts_per_group]
+        encoded = {site: e.flat() for site, e in self.source.fetch(contexts_N, self.sites).items()}
+        size = self.source.context_size
+        kept_R = (torch.arange(len(contexts_N))[:, None] * size + torch.arange(self.skip, size)).flatten()
+        order_R = kept_R[torch.randperm(len(kept_R), generator=self._generator(epoch, 1 + group))]
+        return order_R, encoded
+
+    def _contexts_of(self, epoch: int) -> Tensor:
+        if self._epoch is None or self._epoch[0] != epoch:
+            permuted_N = torch.randperm(self.source.num_contexts, generator=self._generator(epoch, 0))
+            self._epoch = (epoch, permuted_N[self.rank :: self.world][: self.contexts_per_epoch])
+        return self._epoch[1]
+
+    def _generator(self, epoch: int, number: int) -> torch.Generator:
+        seed = (self.seed * MIX + epoch) * MIX + number
+        return torch.Generator().manual_seed(seed % (1 << 63))

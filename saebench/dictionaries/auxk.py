@@ -1,0 +1,40 @@
+"""AuxK: dead latents learn to reconstruct what the living ones leave over (Gao et al. 2024; methods.md T2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from saebench.kernels import encode_topk, sparse_decode
+
+
+def default_k_aux(d_in: int) -> int:
+    """The power of two nearest to half the input width."""
+    return 2 ** max(0, round(math.log2(d_in / 2)))
+
+
+def auxk_loss(
+    x_BD: Tensor,
+    residual_BD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    b_dec_D: Tensor,
+    W_dec_FD: Tensor,
+    dead_F: Tensor,
+    k_aux: int,
+) -> Tensor:
+    """||e - e_hat||^2 / ||e - mean(e)||^2 over the batch, where e_hat decodes the k_aux strongest dead latents (without b_dec).
+
+    `residual_BD` is e = x - x_hat, detached. Gradients reach encoder and decoder rows of the dead latents, and no others'.
+    0 where no latent is dead or the residual has no spread.
+    """
+    dead = dead_F.nonzero()[:, 0]
+    if len(dead) == 0:
+        return x_BD.new_zeros(())
+    codes = encode_topk(x_BD, W_enc_FD[dead], b_enc_F[dead], b_dec_D, min(k_aux, len(dead)))
+    missed = (sparse_decode(codes, W_dec_FD[dead]) - residual_BD).square().mean()
+    spread = (residual_BD - residual_BD.mean(0)).square().mean()
+    defined = spread > 0  # one token alone has no spread: the term is left out, gradient included
+    return torch.where(defined, missed / torch.where(defined, spread, 1.0), 0.0)

@@ -1,0 +1,37 @@
+"""Vectors and their lengths: what initialisation and the unit-decoder rule are made of (methods.md 0.5, 0.6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def random_unit_rows(rows: int, width: int, generator: torch.Generator) -> Tensor:
+    """Uniform directions: [rows, width]."""
+    draw = torch.randn(rows, width, generator=generator)
+    return draw / draw.norm(dim=1, keepdim=True)
+
+
+def geometric_median(x_BD: Tensor, max_iterations: int = 100, tolerance: float = 1e-5, eps: float = 1e-6) -> Tensor:
+    """The point with the least summed distance to all rows (Weiszfeld's iteration from the mean): [D]."""
+    y_D = x_BD.mean(0)
+    for _ in range(max_iterations):
+        weights_B = 1 / (x_BD - y_D).norm(dim=1).clamp_min(eps)
+        new_D = weights_B @ x_BD / weights_B.sum()
+        moved = (new_D - y_D).norm()
+        y_D = new_D
+        if moved < tolerance:
+            break
+    return y_D
+
+
+def project_out(gradient_FD: Tensor, rows_FD: Tensor) -> None:
+    """Remove from each gradient row, in place, its component along the row it belongs to."""
+    lengths_F1 = rows_FD.square().sum(1, keepdim=True).clamp_min(1e-24)
+    along_F1 = (gradient_FD * rows_FD).sum(1, keepdim=True) / lengths_F1
+    gradient_FD.addcmul_(along_F1, rows_FD, value=-1)
+
+
+def scale_to_unit(rows_FD: Tensor) -> None:
+    """Give every row unit length, in place; a zero row stays zero."""
+    rows_FD /= rows_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)

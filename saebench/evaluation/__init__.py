@@ -1,0 +1,6 @@
+"""Evaluation: the metrics, and a dictionary measured inside its model."""
+
+from saebench.evaluation.metrics import Reconstruction, SplicedLoss, describe
+from saebench.evaluation.splice import evaluate
+
+__all__ = ["evaluate", "Reconstruction", "SplicedLoss", "describe"]

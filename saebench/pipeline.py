@@ -1,0 +1,158 @@
+"""The steps of a recipe, shared by the commands: model, text, activations, training, evaluation.
+
+Recipe -> contexts to train and to evaluate on -> a store or stream -> dictionaries in a run -> evals/core.json
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saebench.activations import ActivationStore, ActivationStream, Source, harvest
+from saebench.dictionaries import load_dictionary
+from saebench.errors import UserError
+from saebench.evaluation import evaluate
+from saebench.files import MANIFEST, identity
+from saebench.lm import Contexts, LanguageModel, load_lm, load_text, pack
+from saebench.progress import say
+from saebench.recipes import Recipe
+from saebench.runs import Run
+from saebench.trainer import train
+from saebench.trainer.loop import fit_to_source
+
+SUITES = ("core",)
+
+
+@dataclass
+class Pipeline:
+    """One recipe being carried out. The model and the text are opened when first needed."""
+
+    recipe: Recipe
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        model = self.recipe.model
+        return load_lm(model.name, device=model.device, dtype=getattr(torch, model.dtype))
+
+    @cached_property
+    def contexts(self) -> tuple[Contexts, Contexts]:
+        """Contexts to train on and to evaluate on. Raises UserError when the text is too short."""
+        text, activations, tokenizer = self.recipe.text, self.recipe.activations, self.lm.tokenizer
+        self.lm.check_context(activations.context_size)
+        source = load_text(text.source, split=text.split, column=text.column)
+        limit = max(1, self.recipe.evaluation.num_tokens // activations.context_size)
+        other = text.evaluation or ("builtin:held_out" if text.source == "builtin" else None)
+        if other is not None:
+            training = pack(source, tokenizer, activations.context_size, activations.num_tokens)
+            held_out = pack(
+                load_text(other, column=text.column), tokenizer, activations.context_size, limit * activations.context_size
+            )
+            return training, held_out
+        wanted = activations.num_tokens and math.ceil(activations.num_tokens / (1 - text.held_out))
+        whole = pack(source, tokenizer, activations.context_size, wanted)
+        kept = max(1, round(len(whole) * text.held_out))
+        if len(whole) <= kept:
+            raise UserError(
+                f"text {text.source!r} fills one context only, so nothing is left to evaluate on: use more text or set text.evaluation"
+            )
+        return whole[:-kept], whole[len(whole) - kept :][:limit]
+
+    def check(self) -> None:
+        """Everything that can be found wrong before anything is written."""
+        for site in self.recipe.activations.sites:
+            self.lm.width(site)
+        if self._given_store() is None:
+            _ = self.contexts
+
+    def store_path(self, beside: Path) -> Path:
+        """Where the recipe's activations are kept: as given, or acts/NAME-HASH next to the run's folder."""
+        recipe = self.recipe
+        if recipe.activations.path is not None:
+            return Path(recipe.activations.path)
+        key = identity(
+            [recipe.model.model_dump(), recipe.text.model_dump(), recipe.activations.model_dump(), recipe.evaluation.num_tokens]
+        )
+        return beside.parent / "acts" / f"{recipe.name}-{key[:8]}"
+
+    def source(self, beside: Path) -> Source:
+        """The activations: a given store as it is, a harvested one, or a stream. A store is verified byte by byte."""
+        activations = self.recipe.activations
+        if activations.mode == "stream":
+            return ActivationStream(self.lm, self.contexts[0], activations.sites, batch_size=activations.batch_size)
+        store = self._given_store()
+        if store is None:
+            store = harvest(
+                self.lm, self.contexts[0], activations.sites, self.store_path(beside),
+                storage=activations.storage, batch_size=activations.batch_size,
+            )  # fmt: skip
+        store.verify()
+        return store
+
+    def _given_store(self) -> ActivationStore | None:
+        """The finished store that `activations.path` names, checked against the recipe's model and sites."""
+        activations = self.recipe.activations
+        if activations.path is None or activations.mode != "store" or not (Path(activations.path) / MANIFEST).exists():
+            return None
+        store = ActivationStore(activations.path)
+        store.check_sites(activations.sites)
+        if store.config["model"] != self.recipe.model.name:
+            raise UserError(
+                f"{store.path} holds activations of model {store.config['model']!r}, the recipe names {self.recipe.model.name!r}: "
+                "correct model.name or activations.path"
+            )
+        return store
+
+    def train(self, run: Run) -> Run:
+        """Harvest and train into a run, continuing what an earlier call left."""
+        if run.finished:
+            return run
+        with timed(run, "activations"):
+            source = self.source(run.path.parent)
+        fit_to_source(self.recipe.dictionary_configs(), source)
+        run.record["model"] = {"name": self.recipe.model.name, "fingerprint": self._fingerprint(source)}
+        run.record["activations"] = {
+            "identity": source.identity,
+            "tokens": source.num_tokens,
+            "path": str(getattr(source, "path", "")),
+        }
+        run.save()
+        with timed(run, "training"):
+            train(self.recipe.dictionary_configs(), source, self.recipe.training, out=run.path, device=self.recipe.model.device)
+        run.record["finished"] = True
+        run.save()
+        return run
+
+    def _fingerprint(self, source: Source) -> str:
+        return source.config["model_fingerprint"] if isinstance(source, ActivationStore) else self.lm.fingerprint
+
+    def evaluate(self, run: Run, suite: str = "core") -> dict[str, Any]:
+        """Measure every dictionary of a run on the held-out text and write evals/SUITE.json."""
+        if suite not in SUITES:
+            raise UserError(f"unknown suite {suite!r}: use one of {', '.join(SUITES)}")
+        paths = run.dictionaries()
+        held_out = self.contexts[1]
+        results = {}
+        with timed(run, "evaluation"):
+            for name, path in paths.items():
+                say(f"evaluating {name} on {held_out.num_tokens:,} held-out tokens")
+                results[name] = evaluate(load_dictionary(path), self.lm, held_out, batch_size=self.recipe.evaluation.batch_size)
+        run.write_evaluation(suite, results)
+        return results
+
+
+@contextmanager
+def timed(run: Run, what: str) -> Iterator[None]:
+    """Add the seconds of the block to the run's record."""
+    started = time.perf_counter()
+    yield
+    seconds = run.record["seconds"]
+    seconds[what] = round(seconds.get(what, 0.0) + time.perf_counter() - started, 2)
+    run.save()

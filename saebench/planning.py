@@ -1,0 +1,89 @@
+"""Memory and time of a recipe before it runs: sizes by arithmetic, speeds by a few steps of the real work on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from saebench.activations import ActivationStream
+from saebench.activations.batches import GROUP_BYTES
+from saebench.activations.encoding import STORAGE
+from saebench.dictionaries import DictionaryConfig
+from saebench.kernels.encode_topk import BLOCK_BYTES
+from saebench.pipeline import Pipeline
+from saebench.trainer import Member, TrainConfig
+from saebench.trainer.checkpoint import KEPT
+from saebench.trainer.loop import fit_to_source
+
+BARE_PROCESS = 600 << 20  # Python, torch and transformers with nothing loaded
+FLOAT = 4
+REPEATS = 3
+
+
+def plan(pipeline: Pipeline) -> dict[str, Any]:
+    """Tokens, bytes and seconds that a recipe will take. Loads the model, runs a few of its batches and training steps."""
+    recipe = pipeline.recipe
+    activations, training = recipe.activations, recipe.training
+    contexts, held_out = pipeline.contexts
+    lm = pipeline.lm
+    stream = ActivationStream(lm, contexts, activations.sites, batch_size=activations.batch_size)
+    configs = fit_to_source(recipe.dictionary_configs(), stream)
+
+    ids_BS = contexts.ids_NS[: activations.batch_size]
+    forward = _median_seconds(lambda: lm.read(ids_BS, activations.sites)) / ids_BS.numel()
+    whole = _median_seconds(lambda: lm.logits(ids_BS)) / ids_BS.numel()
+    step = sum(_seconds_per_step(config, training, stream) for config in configs.values())
+    train_tokens = training.steps * training.batch_size
+    width = sum(stream.widths.values())
+
+    parameters = {name: _parameters(config) for name, config in configs.items()}
+    parts = {
+        "process and model": BARE_PROCESS + sum(p.numel() * p.element_size() for p in lm.hf.parameters()),
+        "dictionaries with optimiser": sum(4 * FLOAT * n for n in parameters.values()),
+        "batches and activations": 2 * GROUP_BYTES + training.batch_size * width * FLOAT * 8 + BLOCK_BYTES * 2,
+    }
+    stored = contexts.num_tokens * width * STORAGE[activations.storage].itemsize if activations.mode == "store" else 0
+    passes = 1 if activations.mode == "store" else train_tokens / contexts.num_tokens
+    return {
+        "tokens": {"harvest": contexts.num_tokens, "train": train_tokens, "evaluate": held_out.num_tokens},
+        "epochs": train_tokens / (contexts.num_tokens * (1 - 1 / contexts.context_size)),
+        "parameters": parameters,
+        "bytes": {
+            "store": stored,
+            "checkpoints": (KEPT + 1) * 3 * FLOAT * sum(parameters.values()),
+            "memory": sum(parts.values()),
+            "memory_parts": parts,
+        },
+        "seconds": {
+            "harvest": round(passes * contexts.num_tokens * forward, 1),
+            "train": round(training.steps * step, 1),
+            "evaluate": round(held_out.num_tokens * (4 * whole + forward) * len(configs), 1),
+        },
+    }
+
+
+def _parameters(config: DictionaryConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in config.build().parameters())
+
+
+def _seconds_per_step(config: DictionaryConfig, training: TrainConfig, stream: ActivationStream) -> float:
+    needed = -(-training.batch_size // (stream.context_size - 1))
+    fetched = stream.fetch(torch.arange(min(needed, stream.num_contexts)), [config.site or ""])[config.site or ""]
+    x_BD = fetched.values[:, 1:].flatten(0, 1)
+    x_BD = x_BD.repeat(-(-training.batch_size // len(x_BD)), 1)[: training.batch_size]
+    member = Member.create(config, training, x_BD)
+    return _median_seconds(lambda: member.step(x_BD, 0))
+
+
+def _median_seconds(work: Callable[[], Any]) -> float:
+    work()
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return sorted(seconds)[REPEATS // 2]

@@ -1,0 +1,131 @@
+"""A run directory: the unit a person keeps, copies and opens. Layout in docs/formats.md.
+
+run.json, metrics.jsonl, dictionaries/ID/, checkpoint/, evals/*.json, report.html
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from saebench.errors import UserError
+from saebench.files import read_json, write_json
+
+FORMAT, VERSION = "saebench-run", 1
+RUN = "run.json"
+VERSIONED = ("saebench", "torch", "transformers", "transformer-lens", "safetensors", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+class Run:
+    """One run directory and its `run.json`."""
+
+    def __init__(self, path: Path, record: dict[str, Any]):
+        self.path, self.record = path, record
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Raises UserError where there is no run of this version."""
+        path = Path(path)
+        if not (path / RUN).exists():
+            raise UserError(f"{path} is not a run directory: it has no {RUN}")
+        record = read_json(path / RUN)
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise UserError(f"{path / RUN} is not of format {FORMAT}")
+        if record.get("version") != VERSION:
+            raise UserError(f"{path / RUN} is of version {record.get('version')}; this saebench reads version {VERSION}")
+        return cls(path, record)
+
+    @classmethod
+    def begin(cls, path: str | Path, recipe: dict[str, Any], *, overwrite: bool = False) -> Run:
+        """A new run, or the one in `path` when it has the same recipe. Raises UserError where another run, or anything else,
+        stands there, unless a run is to be overwritten."""
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file: name a directory for the run")
+        if path.exists() and any(path.iterdir()):
+            if not (path / RUN).exists():
+                raise UserError(f"{path} is not empty and holds no run: name another directory")
+            if not overwrite:
+                run = cls.open(path)
+                if difference := first_difference(run.record["recipe"], recipe):
+                    key, there, here = difference
+                    raise UserError(
+                        f"{path} holds a run with another recipe ({key}: {there!r} there, {here!r} here): use --overwrite or another --out"
+                    )
+                return run
+            cls.open(path)  # only what we wrote is removed
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": path.name,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "finished": False,
+            "recipe": recipe,
+            "versions": versions(),
+            "model": {},
+            "activations": {},
+            "seconds": {},
+        }
+        run = cls(path, record)
+        run.save()
+        return run
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.record["finished"])
+
+    def dictionaries(self) -> dict[str, Path]:
+        """Paths of the trained dictionaries by id. Raises UserError where there are none."""
+        found = {p.name: p for p in sorted((self.path / "dictionaries").glob("*")) if p.is_dir() and not p.name.startswith(".")}
+        if not found:
+            raise UserError(f"{self.path} has no trained dictionaries yet: run `saebench train` to the end first")
+        return found
+
+    def write_evaluation(self, suite: str, results: dict[str, Any]) -> Path:
+        """Write evals/SUITE.json."""
+        path = self.path / "evals" / f"{suite}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(
+            path, {"format": "saebench-evaluation", "version": 1, "suite": suite, "versions": versions(), "dictionaries": results}
+        )
+        return path
+
+    def evaluation(self, suite: str) -> dict[str, Any] | None:
+        """Figures by dictionary id, or None before they were measured."""
+        path = self.path / "evals" / f"{suite}.json"
+        return read_json(path)["dictionaries"] if path.exists() else None
+
+    def save(self) -> None:
+        write_json(self.path / RUN, self.record)
+
+
+def first_difference(a: Any, b: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two configurations differ, with both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in dict.fromkeys([*a, *b]):
+            if found := first_difference(a.get(name), b.get(name), f"{key}.{name}" if key else name):
+                return found
+        return None
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            if found := first_difference(x, y, f"{key}.{number}"):
+                return found
+        return None
+    return None if a == b else (key, a, b)

@@ -1,0 +1,72 @@
+"""How dictionaries are trained: every setting of the loop, the same for all architectures."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from saebench.config import Config
+
+DEAD_AFTER_TOKENS = 10_000_000
+LR_AT_16K = 2e-4
+
+
+class TrainConfig(Config):
+    """Settings of a training run."""
+
+    num_tokens: int = Field(default=10_000_000, gt=0)
+    """Tokens to train on; more than the activations hold means several epochs, each shuffled anew."""
+    batch_size: int = Field(default=2048, gt=0)
+    """Tokens in a step."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of Adam; default 2e-4 * sqrt(16384 / d_sae), which suits hundreds of millions of tokens. Short runs want
+    several times more."""
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    """Share of the steps with rising learning rate."""
+    decay: float = Field(default=0.2, ge=0, le=1)
+    """Share of the steps, at the end, with learning rate falling linearly to zero."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's averaging constants."""
+    eps: float = Field(default=6.25e-10, gt=0)
+    """Adam's epsilon."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; longer ones are scaled down."""
+    dead_after: int | None = Field(default=None, gt=0)
+    """A latent that was silent for this many tokens counts as dead; default 10 million or a tenth of the run, whichever is less."""
+    seed: int = 0
+    """Of initialisation and data order."""
+    log_every: int = Field(default=50, gt=0)
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = Field(default=1000, gt=0)
+    """Steps between checkpoints."""
+    loggers: list[Literal["wandb", "tensorboard"]] = []
+    """Where metrics go besides metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.num_tokens < self.batch_size:
+            raise ValueError(
+                f"num_tokens={self.num_tokens} is less than one batch of {self.batch_size}: raise it or lower batch_size"
+            )
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup={self.warmup} and decay={self.decay} add up to more than the whole run")
+        return self
+
+    @property
+    def steps(self) -> int:
+        return self.num_tokens // self.batch_size
+
+    @property
+    def dead_after_tokens(self) -> int:
+        return self.dead_after or min(DEAD_AFTER_TOKENS, max(self.batch_size, self.num_tokens // 10))
+
+    def lr_for(self, d_sae: int) -> float:
+        """The peak learning rate of a dictionary of this size."""
+        return self.lr if self.lr is not None else LR_AT_16K * (16384 / d_sae) ** 0.5
+
+    def rate_at(self, step: int) -> float:
+        """The factor on the learning rate at a step: linear up, constant, linear down to zero behind the last step."""
+        up = (step + 1) / max(1.0, self.warmup * self.steps)
+        down = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return min(1.0, up, down)
