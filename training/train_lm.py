@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from saebench.lm.text import Text, builtin_text, load_text
 
 END_OF_TEXT = "<|endoftext|>"
+IGNORED = -100  # the label of a token that is not to be predicted
 
 
 def arguments() -> argparse.Namespace:
@@ -38,6 +39,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--context", type=int, default=512, help="tokens in a context, the leading BOS included")
     parser.add_argument("--batch", type=int, default=8, help="contexts in a step")
+    parser.add_argument("--repeats", type=int, default=1, help="contexts of a step that repeat a stretch of random tokens")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--warmup", type=int, default=50, help="steps of linear warm-up")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps with falling learning rate, at the end")
@@ -112,12 +114,23 @@ def optimisers(model: GPT2LMHeadModel, args: argparse.Namespace) -> list[torch.o
     ]
 
 
-def batch_at(step: int, stream: torch.Tensor, bos: int, args: argparse.Namespace) -> torch.Tensor:
-    """Random windows of the stream behind a BOS: [batch, context], a function of seed and step alone."""
+def batch_at(step: int, stream: torch.Tensor, bos: int, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contexts behind a BOS and their labels, both [batch, context], a function of seed and step alone.
+
+    Most are windows of the stream. The first `--repeats` of a batch repeat a stretch of tokens drawn from all over it, and only
+    the copies are to be predicted: what makes induction heads form within millions of tokens instead of billions.
+    """
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     starts = torch.randint(0, len(stream) - args.context + 1, (args.batch, 1), generator=generator)
     windows = stream[starts + torch.arange(args.context - 1)]
-    return torch.cat([torch.full((args.batch, 1), bos), windows], dim=1)
+    labels = windows.clone()
+    for row in range(args.repeats):
+        length = int(torch.randint(16, args.context // 2, (), generator=generator))
+        stretch = stream[torch.randint(0, len(stream), (length,), generator=generator)]
+        windows[row] = labels[row] = stretch.repeat(-(-args.context // length))[: args.context - 1]
+        labels[row, :length] = IGNORED
+    column = torch.full((args.batch, 1), bos)
+    return torch.cat([column, windows], dim=1), torch.cat([column, labels], dim=1)
 
 
 def rate_at(step: int, args: argparse.Namespace) -> float:
@@ -157,7 +170,7 @@ def load_state(path: Path, model, opts) -> int:
             p.data.copy_(f.get_tensor(f"model/{name}"))
         for number, opt in enumerate(opts):
             state: dict = {}
-            for key in f:
+            for key in f.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                 if key.startswith(f"optimiser{number}/"):
                     _, index, field = key.split("/")
                     state.setdefault(int(index), {})[field] = f.get_tensor(key)
@@ -210,15 +223,19 @@ def main() -> None:
 
     started, losses = time.perf_counter(), []
     for step in range(first, args.steps):
-        ids = batch_at(step, stream, bos, args)
-        loss = model(ids, labels=ids).loss
+        ids, labels = batch_at(step, stream, bos, args)
+        logits = model(ids).logits[:, :-1]
+        losses_T = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        loss = losses_T.sum() / (labels[:, 1:] != IGNORED).sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt, rate in zip(opts, rates, strict=True):
             opt.param_groups[0]["lr"] = rate * rate_at(step, args)
             opt.step()
             opt.zero_grad()
-        losses.append(loss.detach())
+        losses.append(losses_T.detach().view(len(ids), -1)[args.repeats :].mean())  # of the text alone
         if (step + 1) % 20 == 0 or step + 1 == args.steps:
             seconds = time.perf_counter() - started
             speed = (step + 1 - first) * ids.numel() / seconds

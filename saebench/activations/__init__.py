@@ -1,7 +1,7 @@
 """Activations: harvest them into a store or compute them as a stream, and draw shuffled batches from either."""
 
 from saebench.activations.batches import Batches, Source
-from saebench.activations.harvest import harvest
+from saebench.activations.harvesting import harvest
 from saebench.activations.store import ActivationStore
 from saebench.activations.stream import ActivationStream
 

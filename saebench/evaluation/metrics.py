@@ -86,12 +86,14 @@ class SplicedLoss:
 
     def update(self, targets_CS: Tensor, logits: dict[str, Tensor]) -> None:
         """Add contexts: `logits` has `clean`, `spliced`, `zero` and `mean`, each [C, S, V], for the tokens `targets` [C, S]."""
-        clean = logits["clean"].double().log_softmax(-1)
+        clean = logits["clean"].float().log_softmax(-1)
         for name, values in logits.items():
-            logp = values.double().log_softmax(-1) if name != "clean" else clean
-            self._rows[f"ce_{name}"].append(-logp.gather(-1, targets_CS[..., None].long()).squeeze(-1).sum(1))
+            logp = clean if name == "clean" else values.float().log_softmax(-1)
+            chosen = logp.gather(-1, targets_CS[..., None].long()).squeeze(-1)
+            self._rows[f"ce_{name}"].append(-chosen.sum(1, dtype=torch.float64).cpu())
             if name != "clean":
-                self._rows[f"kl_{name}"].append((clean.exp() * (clean - logp)).sum(-1).sum(1))
+                divergence = torch.nn.functional.kl_div(logp, clean, reduction="none", log_target=True).sum(-1)
+                self._rows[f"kl_{name}"].append(divergence.sum(1, dtype=torch.float64).cpu())
         self._rows["tokens"].append(torch.full((len(targets_CS),), targets_CS.shape[1], dtype=torch.float64))
 
     def figures(self, weights_C: Tensor | None = None) -> dict[str, float]:
@@ -140,7 +142,12 @@ def max_decoder_cosine(W_dec_FD: Tensor, block: int = 2048) -> Tensor:
 
 def describe(figures: dict[str, Any]) -> str:
     """The main figures in one line, for people."""
-    return (
-        f"FVU {figures['fvu']:.4f}   L0 {figures['l0']:.1f}   dead {figures['dead']:.1%}   CE recovered {figures['ce_recovered_zero']:.4f} (zero), "
-        f"{figures['ce_recovered_mean']:.4f} (mean)   KL recovered {figures['kl_recovered_zero']:.4f}   loss {figures['ce_clean']:.4f} -> {figures['ce_spliced']:.4f}"
+    parts = (
+        f"FVU {figures['fvu']:.4f}",
+        f"L0 {figures['l0']:.1f}",
+        f"dead {figures['dead']:.1%}",
+        f"CE recovered {figures['ce_recovered_zero']:.4f} (zero), {figures['ce_recovered_mean']:.4f} (mean)",
+        f"KL recovered {figures['kl_recovered_zero']:.4f}",
+        f"loss {figures['ce_clean']:.4f} -> {figures['ce_spliced']:.4f}",
     )
+    return "   ".join(parts)

@@ -96,10 +96,10 @@ def _card(feature: Feature, text_of: Callable[[int], str]) -> str:
         f'<pre>{html_line(example, feature.max_value, text_of)}</pre><p class="dim">{html.escape(example.document)}</p>'
         for example in feature.examples
     )
+    facts = f"fires on {feature.density:.3%} of tokens, mean {feature.mean_value:.2f}, max {feature.max_value:.2f}"
     return (
         f'<div class="card"><h3>feature {feature.latent}</h3>'
-        f'<div class="tokens">{html.escape(headline(feature, text_of))}</div>'
-        f'<div class="dim">fires on {feature.density:.3%} of tokens, mean {feature.mean_value:.2f}, max {feature.max_value:.2f}</div>{lines}</div>'
+        f'<div class="tokens">{html.escape(headline(feature, text_of))}</div><div class="dim">{facts}</div>{lines}</div>'
     )
 
 

@@ -40,7 +40,7 @@ class TrainConfig(Config):
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = Field(default=1000, gt=0)
     """Steps between checkpoints."""
-    loggers: list[Literal["wandb", "tensorboard"]] = []
+    loggers: tuple[Literal["wandb", "tensorboard"], ...] = ()
     """Where metrics go besides metrics.jsonl."""
 
     @model_validator(mode="after")

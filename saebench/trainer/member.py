@@ -98,7 +98,7 @@ class Member:
         sums, steps = {name: float(value) for name, value in self._sums.items()}, max(1, self._steps)
         self._sums, self._steps = {}, 0
         fvu = sums.pop("squared_error") / sums.pop("squares")
-        return {**{name: value / steps for name, value in sums.items()}, "fvu": fvu, "dead": float(self.dead_F.float().mean())}
+        return {**{name: sums[name] / steps for name in sorted(sums)}, "fvu": fvu, "dead": float(self.dead_F.float().mean())}
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""

@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks of saebench and installed peers; see README.md."""

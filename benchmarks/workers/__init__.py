@@ -1,0 +1,1 @@
+"""One module per peer, each run as its own process: `python -m benchmarks.workers.NAME` in that peer's environment."""

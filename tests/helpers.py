@@ -1,0 +1,11 @@
+"""What several tests share that is no fixture."""
+
+from saebench.lm import Document, Text
+
+SITES = ["blocks.1.hook_resid_post", "blocks.0.hook_mlp_out"]
+SENTENCE = "def value_{0}(x):\n    return x * {0} + {1}  # the number {1} and the name {0}\n\n"
+
+
+def small_text(documents: int = 40, name: str = "small") -> Text:
+    """A text of short documents that repeats itself a little."""
+    return Text(name, lambda: (Document(f"doc{i}", SENTENCE.format(i, i * i % 17) * 6) for i in range(documents)))
