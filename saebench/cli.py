@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             return _fail(
                 f"no space left on the disk ({error}): free some space and run the same command again to continue", 2, args.json
             )
+        if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError) and error.filename:
+            return _fail(f"cannot use {error.filename}: {(error.strerror or '').lower()}; name another place", 2, args.json)
         raise
     if args.json:
         print(json.dumps(result))

@@ -11,6 +11,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from saebench.errors import UserError
 
 
+class ConfigError(UserError):
+    """A key that is wrong, and what stands before and after it in the message; containers put their own key in front of it."""
+
+    def __init__(self, key: str, before: str = "", after: str = ""):
+        super().__init__(f"{before}{key}{after}")
+        self.key, self.before, self.after = key, before, after
+
+    def under(self, container: str) -> ConfigError:
+        """The same error, seen from outside."""
+        return ConfigError(f"{container}.{self.key}", self.before, self.after) if container else self
+
+
 class Config(BaseModel):
     """A configuration. Unknown keys and wrong types are errors that name the key; instances cannot be changed."""
 
@@ -20,41 +32,33 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise UserError(explain(type(self), error)) from None
+            raise explain(type(self), error) from None
 
     @classmethod
     def parse(cls, values: Mapping[str, Any], where: str = "") -> Self:
         """Build from plain data; `where` is the key the data stands under, for messages. Raises UserError."""
         try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise UserError(explain(cls, error, where)) from None
+            return cls(**values)
+        except ConfigError as error:
+            raise error.under(where) from None
+        except UserError as error:
+            raise UserError(f"{error}{f' (key {where})' if where else ''}") from None
 
 
-def explain(cls: type[BaseModel], error: ValidationError, where: str = "") -> str:
-    """The first problem of a validation in one line, with the recipe key it concerns."""
+def explain(cls: type[BaseModel], error: ValidationError) -> UserError:
+    """The first problem of a validation in one line, with the key it concerns."""
     problem = error.errors()[0]
-    key = ".".join([*([where] if where else []), *(str(part) for part in problem["loc"])])
+    key = ".".join(str(part) for part in problem["loc"])
+    if isinstance(inner := problem.get("ctx", {}).get("error"), ConfigError):
+        return inner.under(key)
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(cls, problem["loc"][:-1])
+        known = list(cls.model_fields)
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"unknown key {key}: {hint}"
+        return ConfigError(key, "unknown key ", f": {hint}")
     if problem["type"] == "missing":
-        return f"missing key {key}: it has no default"
+        return ConfigError(key, "missing key ", ": it has no default")
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{message}{f' (key {key})' if key else ''}"
-    return f"{key}={problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _keys_at(cls: type[BaseModel], location: tuple) -> list[str]:
-    current: Any = cls
-    for part in location:
-        field = getattr(current, "model_fields", {}).get(part)
-        if field is None:
-            break
-        current = next(
-            (a for a in [field.annotation, *getattr(field.annotation, "__args__", ())] if hasattr(a, "model_fields")), None
-        )
-    return list(getattr(current, "model_fields", cls.model_fields))
+        return UserError(f"{message}{f' (key {key})' if key else ''}")
+    return ConfigError(key, after=f"={problem['input']!r}: {message[0].lower()}{message[1:]}")

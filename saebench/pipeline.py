@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from saebench.activations import ActivationStore, ActivationStream, Source, harvest
+from saebench.activations.store import FIELDS, FORMAT, VERSION
 from saebench.dictionaries import load_dictionary
 from saebench.errors import UserError
 from saebench.evaluation import evaluate
-from saebench.files import MANIFEST, identity
+from saebench.files import MANIFEST, identity, read_manifest
 from saebench.lm import Contexts, LanguageModel, load_lm, load_text, pack
 from saebench.progress import say
 from saebench.recipes import Recipe
@@ -66,11 +67,19 @@ class Pipeline:
         return whole[:-kept], whole[len(whole) - kept :][:limit]
 
     def check(self) -> None:
-        """Everything that can be found wrong before anything is written."""
+        """Everything that can be found wrong before anything is written, one forward pass of the model included."""
         for site in self.recipe.activations.sites:
             self.lm.width(site)
-        if self._given_store() is None:
-            _ = self.contexts
+        source: Source | None = self._given_store()
+        if source is None:
+            source = self._stream()
+            first = torch.arange(min(self.recipe.activations.batch_size, len(self.contexts[0])))
+            for site, encoded in source.fetch(first, list(source.widths)).items():
+                if not encoded.values.isfinite().all():
+                    raise UserError(
+                        f"NaN or Inf in the activations of site {site!r}, contexts 0 to {len(first) - 1}: check the model's weights"
+                    )
+        fit_to_source(self.recipe.dictionary_configs(), source)
 
     def store_path(self, beside: Path) -> Path:
         """Where the recipe's activations are kept: as given, or acts/NAME-HASH next to the run's folder."""
@@ -82,11 +91,11 @@ class Pipeline:
         )
         return beside.parent / "acts" / f"{recipe.name}-{key[:8]}"
 
-    def source(self, beside: Path) -> Source:
+    def source(self, beside: Path) -> ActivationStore | ActivationStream:
         """The activations: a given store as it is, a harvested one, or a stream. A store is verified byte by byte."""
         activations = self.recipe.activations
         if activations.mode == "stream":
-            return ActivationStream(self.lm, self.contexts[0], activations.sites, batch_size=activations.batch_size)
+            return self._stream()
         store = self._given_store()
         if store is None:
             store = harvest(
@@ -96,17 +105,24 @@ class Pipeline:
         store.verify()
         return store
 
+    def _stream(self) -> ActivationStream:
+        activations = self.recipe.activations
+        return ActivationStream(self.lm, self.contexts[0], activations.sites, batch_size=activations.batch_size)
+
     def _given_store(self) -> ActivationStore | None:
-        """The finished store that `activations.path` names, checked against the recipe's model and sites."""
+        """The finished store that `activations.path` names, checked against the recipe's model and sites; None where there is
+        none yet, or one that a stopped harvest left."""
         activations = self.recipe.activations
         if activations.path is None or activations.mode != "store" or not (Path(activations.path) / MANIFEST).exists():
             return None
+        if not read_manifest(Path(activations.path), FORMAT, VERSION, FIELDS)["complete"]:
+            return None
         store = ActivationStore(activations.path)
         store.check_sites(activations.sites)
-        if store.config["model"] != self.recipe.model.name:
+        if store.config["model_fingerprint"] != self.lm.fingerprint:
             raise UserError(
-                f"{store.path} holds activations of model {store.config['model']!r}, the recipe names {self.recipe.model.name!r}: "
-                "correct model.name or activations.path"
+                f"{store.path} holds activations of model {store.config['model']!r} ({store.config['model_fingerprint']}), the recipe "
+                f"names {self.recipe.model.name!r} ({self.lm.fingerprint}): correct model.name or activations.path"
             )
         return store
 
@@ -116,7 +132,12 @@ class Pipeline:
             return run
         with timed(run, "activations"):
             source = self.source(run.path.parent)
-        fit_to_source(self.recipe.dictionary_configs(), source)
+            before = run.record["activations"].get("identity", source.identity)
+            if before != source.identity:
+                raise UserError(
+                    f"the activations are not those that {run.path} began with ({source.identity}, not {before}): "
+                    "restore them, or use --overwrite or another --out"
+                )
         run.record["model"] = {"name": self.recipe.model.name, "fingerprint": self._fingerprint(source)}
         run.record["activations"] = {
             "identity": source.identity,
@@ -138,6 +159,12 @@ class Pipeline:
         if suite not in SUITES:
             raise UserError(f"unknown suite {suite!r}: use one of {', '.join(SUITES)}")
         paths = run.dictionaries()
+        trained_on = run.record["model"]["fingerprint"]
+        if trained_on != self.lm.fingerprint:
+            raise UserError(
+                f"{run.path} was trained on a model {self.recipe.model.name!r} with other weights ({trained_on}, now "
+                f"{self.lm.fingerprint}): restore that model, or train again"
+            )
         held_out = self.contexts[1]
         results = {}
         with timed(run, "evaluation"):

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 LINE_EVERY_SECONDS = 10.0
 
@@ -54,8 +54,9 @@ def _bar(what: str, total: int, unit: str, done: int) -> Iterator[Report]:
             nonlocal fresh
             fresh += amount
             rate = fresh / max(1e-9, time.monotonic() - started)
-            fields = {"note": note} if note else {}
-            bar.update(task, advance=amount, rate=f"{rate:,.0f} {unit}/s", **fields)
+            bar.update(task, advance=amount, rate=f"{rate:,.0f} {unit}/s")
+            if note:
+                bar.update(task, note=note)
 
         yield report
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from saebench.errors import UserError
 from saebench.trainer import TrainConfig
 from saebench.trainer.loop import name_dictionaries
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 PLACES = (Path(__file__).parent / "_recipes", Path(__file__).parent.parent / "training" / "recipes")
 
 
@@ -56,7 +58,7 @@ class ActivationsConfig(Config):
     """TransformerLens names, such as blocks.2.hook_resid_post."""
     num_tokens: int | None = Field(default=None, gt=0)
     """Tokens of text to run the model over; default the whole text."""
-    context_size: int = Field(default=256, gt=1)
+    context_size: int = Field(default=256, gt=2)
     """Tokens in a context, the leading BOS included."""
     mode: Literal["store", "stream"] = "store"
     """Keep activations on disk, or compute them anew while training."""
@@ -80,7 +82,7 @@ class EvaluationConfig(Config):
 class Recipe(Config):
     """A whole training run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     """Name of the run; its directory is runs/NAME unless --out says otherwise."""
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
@@ -107,11 +109,16 @@ class Recipe(Config):
             config = parse_dictionary(values, f"dictionaries.{number}")
             if name is None:
                 unnamed.append(config)
-            elif name in given or not isinstance(name, str) or not name or "/" in name or name.startswith("."):
-                raise UserError(f"dictionaries.{number}.id={name!r} must be a new name without slashes")
+            elif name in given or not isinstance(name, str) or not re.fullmatch(NAME, name):
+                raise UserError(
+                    f"dictionaries.{number}.id={name!r} must be a new name of letters, digits, dots, dashes and underscores"
+                )
             else:
                 given[name] = config
-        return {**given, **(name_dictionaries(unnamed) if unnamed else {})}
+        named = name_dictionaries(unnamed) if unnamed else {}
+        if taken := [name for name in named if name in given]:
+            raise UserError(f"two dictionaries are called {taken[0]!r}: give each an id of its own")
+        return {**given, **named}
 
 
 def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:

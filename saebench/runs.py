@@ -16,6 +16,7 @@ from saebench.errors import UserError
 from saebench.files import read_json, write_json
 
 FORMAT, VERSION = "saebench-run", 1
+FIELDS = {"format", "version", "name", "started", "finished", "recipe", "versions", "model", "activations", "seconds"}
 RUN = "run.json"
 VERSIONED = ("saebench", "torch", "transformers", "transformer-lens", "safetensors", "numpy")
 
@@ -36,6 +37,7 @@ class Run:
 
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path, self.record = path, record
+        self._replaces: Run | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -48,29 +50,32 @@ class Run:
             raise UserError(f"{path / RUN} is not of format {FORMAT}")
         if record.get("version") != VERSION:
             raise UserError(f"{path / RUN} is of version {record.get('version')}; this saebench reads version {VERSION}")
+        if unknown := sorted(set(record) - FIELDS):
+            raise UserError(f"{path / RUN} has unknown fields: {', '.join(unknown)}")
+        if missing := sorted(FIELDS - set(record)):
+            raise UserError(f"{path / RUN} lacks the fields {', '.join(missing)}")
         return cls(path, record)
 
     @classmethod
     def begin(cls, path: str | Path, recipe: dict[str, Any], *, overwrite: bool = False) -> Run:
         """A new run, or the one in `path` when it has the same recipe. Raises UserError where another run, or anything else,
-        stands there, unless a run is to be overwritten."""
+        stands there, unless a run is to be overwritten. Nothing is written or removed before the first `save()`."""
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: name a directory for the run")
-        if path.exists() and any(path.iterdir()):
+        replaced = None
+        if path.exists() and any(p.name != f".{RUN}.partial" for p in path.iterdir()):
             if not (path / RUN).exists():
                 raise UserError(f"{path} is not empty and holds no run: name another directory")
+            found = cls.open(path)
             if not overwrite:
-                run = cls.open(path)
-                if difference := first_difference(run.record["recipe"], recipe):
+                if difference := first_difference(found.record["recipe"], recipe):
                     key, there, here = difference
                     raise UserError(
                         f"{path} holds a run with another recipe ({key}: {there!r} there, {here!r} here): use --overwrite or another --out"
                     )
-                return run
-            cls.open(path)  # only what we wrote is removed
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
+                return found
+            replaced = found
         record = {
             "format": FORMAT,
             "version": VERSION,
@@ -84,7 +89,7 @@ class Run:
             "seconds": {},
         }
         run = cls(path, record)
-        run.save()
+        run._replaces = replaced
         return run
 
     @property
@@ -94,7 +99,7 @@ class Run:
     def dictionaries(self) -> dict[str, Path]:
         """Paths of the trained dictionaries by id. Raises UserError where there are none."""
         found = {p.name: p for p in sorted((self.path / "dictionaries").glob("*")) if p.is_dir() and not p.name.startswith(".")}
-        if not found:
+        if not found or not self.finished:
             raise UserError(f"{self.path} has no trained dictionaries yet: run `saebench train` to the end first")
         return found
 
@@ -113,7 +118,22 @@ class Run:
         return read_json(path)["dictionaries"] if path.exists() else None
 
     def save(self) -> None:
+        """Write run.json; the first time also remove the run that this one overwrites."""
+        if self._replaces is not None:
+            self._replaces._clear()
+            self._replaces = None
+        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.path / RUN, self.record)
+
+    def _clear(self) -> None:
+        """Remove everything but run.json, which says from the start that the run is unfinished: a kill in between does no harm."""
+        self.record["finished"] = False
+        self.save()
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != RUN:
+                path.unlink()
 
 
 def first_difference(a: Any, b: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,9 +23,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from saebench.errors import UserError
 from saebench.lm.text import Text, builtin_text, load_text
+from saebench.progress import progress, say
 
 END_OF_TEXT = "<|endoftext|>"
+Optimisers = list[torch.optim.Optimizer]
+LOG_EVERY = 20
 IGNORED = -100  # the label of a token that is not to be predicted
 
 
@@ -65,14 +69,21 @@ def train_tokenizer(text: Text, vocab: int) -> PreTrainedTokenizerFast:
     )
 
 
-def token_stream(text: Text, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, int]:
-    """All documents as one int64 vector, `<|endoftext|>` before each; and the number of UTF-8 bytes they came from."""
+def token_stream(text: Text, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """All documents as one int64 vector, `<|endoftext|>` before each."""
     ids: list[int] = []
-    num_bytes = 0
     for document in text:
-        ids += [tokenizer.bos_token_id, *tokenizer(document.text)["input_ids"]]
-        num_bytes += len(document.text.encode())
-    return torch.tensor(ids), num_bytes
+        ids += [tokenizer.bos_token_id, *tokenizer(document.text, verbose=False)["input_ids"]]
+    return torch.tensor(ids)
+
+
+def split_stream(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast, text: Text) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens to train on and tokens held out: modules of their own for the builtin text, else the last twentieth."""
+    stream = token_stream(text, tokenizer)
+    if args.text == "builtin":
+        return stream, token_stream(builtin_text("held_out"), tokenizer)
+    cut = len(stream) * 19 // 20
+    return stream[:cut], stream[cut:]
 
 
 class Muon(torch.optim.Optimizer):
@@ -81,11 +92,11 @@ class Muon(torch.optim.Optimizer):
     torch.optim.Muon does the iterations in bfloat16, which processors without bfloat16 units emulate 100 times slower.
     """
 
-    def __init__(self, params, lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
@@ -105,7 +116,7 @@ def orthogonalise(g: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.T if transposed else x
 
 
-def optimisers(model: GPT2LMHeadModel, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+def optimisers(model: GPT2LMHeadModel, args: argparse.Namespace) -> Optimisers:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".h." in name)]
     return [
@@ -154,7 +165,7 @@ def nats_on(model: GPT2LMHeadModel, stream: torch.Tensor, bos: int, context: int
     return total
 
 
-def save_state(path: Path, model, opts, step: int) -> None:
+def save_state(path: Path, model: GPT2LMHeadModel, opts: Optimisers, step: int) -> None:
     tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters()}
     for number, opt in enumerate(opts):
         for index, state in opt.state_dict()["state"].items():
@@ -164,7 +175,7 @@ def save_state(path: Path, model, opts, step: int) -> None:
     temporary.replace(path)
 
 
-def load_state(path: Path, model, opts) -> int:
+def load_state(path: Path, model: GPT2LMHeadModel, opts: Optimisers) -> int:
     with safe_open(path, "pt") as f:
         for name, p in model.named_parameters():
             p.data.copy_(f.get_tensor(f"model/{name}"))
@@ -180,29 +191,21 @@ def load_state(path: Path, model, opts) -> int:
 
 def main() -> None:
     args = arguments()
+    text = load_text(args.text)
+    next(iter(text))  # wrong or empty input is found before anything is written
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    text = load_text(args.text)
     if (args.out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     else:
         tokenizer = train_tokenizer(text, args.vocab)
         tokenizer.save_pretrained(args.out)
     bos = tokenizer.bos_token_id
-    stream, num_bytes = token_stream(text, tokenizer)
-    if args.text == "builtin":
-        held_out, held_bytes = token_stream(builtin_text("held_out"), tokenizer)
-    else:  # the last twentieth
-        cut = len(stream) * 19 // 20
-        held_out, held_bytes = stream[cut:], round(num_bytes / 20)
-        stream = stream[:cut]
+    stream, held_out = split_stream(args, tokenizer, text)
     if len(stream) < args.context:
-        raise SystemExit(
-            f"error: the text has {len(stream)} tokens, less than one context of {args.context}: use a longer text or --context"
-        )
-    print(
-        f"{len(stream):,} training tokens, {len(held_out):,} held out; {held_bytes / len(held_out):.2f} bytes a token", flush=True
-    )
+        raise UserError(f"the text has {len(stream)} tokens, less than one context of {args.context}: use more text or --context")
+    held_bytes = len(tokenizer.decode(held_out, skip_special_tokens=True).encode())
+    say(f"{len(stream):,} training tokens, {len(held_out):,} held out; {held_bytes / len(held_out):.2f} bytes a token")
 
     config = GPT2Config(
         vocab_size=len(tokenizer), n_positions=args.context, n_embd=args.width, n_layer=args.layers, n_head=args.heads,
@@ -210,49 +213,49 @@ def main() -> None:
         activation_function="gelu_pytorch_tanh",
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
-    opts = optimisers(model, args)
-    state_file, log_file = args.out / "training_state.safetensors", args.out / "training_log.jsonl"
-    first = load_state(state_file, model, opts) if state_file.exists() else 0
-    print(f"{model.num_parameters():,} parameters; starting at step {first} of {args.steps}", flush=True)
-    rates = [
-        group["lr"]
-        for opt, lr in zip(opts, (args.lr_muon, args.lr_adam), strict=True)
-        for group in opt.param_groups
-        if not group.update(lr=lr)
-    ]
-
-    started, losses = time.perf_counter(), []
-    for step in range(first, args.steps):
-        ids, labels = batch_at(step, stream, bos, args)
-        logits = model(ids).logits[:, :-1]
-        losses_T = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
-        )
-        loss = losses_T.sum() / (labels[:, 1:] != IGNORED).sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt, rate in zip(opts, rates, strict=True):
-            opt.param_groups[0]["lr"] = rate * rate_at(step, args)
-            opt.step()
-            opt.zero_grad()
-        losses.append(losses_T.detach().view(len(ids), -1)[args.repeats :].mean())  # of the text alone
-        if (step + 1) % 20 == 0 or step + 1 == args.steps:
-            seconds = time.perf_counter() - started
-            speed = (step + 1 - first) * ids.numel() / seconds
-            mean = torch.stack(losses).mean().item()
-            left = (args.steps - step - 1) * ids.numel() / speed
-            print(f"step {step + 1}/{args.steps}  loss {mean:.4f}  {speed:,.0f} tokens/s  {left / 60:.0f} min left", flush=True)
-            with log_file.open("a") as log:
-                log.write(json.dumps({"step": step + 1, "tokens": (step + 1) * ids.numel(), "loss": round(mean, 4)}) + "\n")
-            losses = []
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_state(state_file, model, opts, step + 1)
-
+    train(model, stream, bos, args)
     model.eval()
     bits = nats_on(model, held_out, bos, args.context) / math.log(2) / held_bytes
     model.save_pretrained(args.out)
-    print(f"held-out: {bits:.4f} bits per byte; wrote {args.out}", flush=True)
+    say(f"held-out: {bits:.4f} bits per byte; wrote {args.out}")
+
+
+def train(model: GPT2LMHeadModel, stream: torch.Tensor, bos: int, args: argparse.Namespace) -> None:
+    """All steps that are left, with the state saved now and then."""
+    opts, rates = optimisers(model, args), (args.lr_muon, args.lr_adam)
+    state_file, log_file = args.out / "training_state.safetensors", args.out / "training_log.jsonl"
+    first = load_state(state_file, model, opts) if state_file.exists() else 0
+    say(f"{model.num_parameters():,} parameters; step {first} of {args.steps}")
+    losses: list[torch.Tensor] = []
+    with progress("train", args.steps * args.batch * args.context, "tokens", first * args.batch * args.context) as report:
+        for step in range(first, args.steps):
+            ids, labels = batch_at(step, stream, bos, args)
+            logits = model(ids).logits[:, :-1]
+            losses_T = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            (losses_T.sum() / (labels[:, 1:] != IGNORED).sum()).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for opt, rate in zip(opts, rates, strict=True):
+                opt.param_groups[0]["lr"] = rate * rate_at(step, args)
+                opt.step()
+                opt.zero_grad()
+            losses.append(losses_T.detach().view(len(ids), -1)[args.repeats :].mean())  # of the text alone
+            note, done = "", step + 1
+            if done % LOG_EVERY == 0 or done == args.steps:
+                mean = torch.stack(losses).mean().item()
+                note, losses = f"loss {mean:.4f}", []
+                with log_file.open("a") as log:
+                    log.write(json.dumps({"step": done, "tokens": done * ids.numel(), "loss": round(mean, 4)}) + "\n")
+            if done % args.save_every == 0 or done == args.steps:
+                save_state(state_file, model, opts, done)
+            report(ids.numel(), note)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from the last saved step") from None

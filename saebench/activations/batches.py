@@ -37,7 +37,7 @@ class Source(Protocol):
     def num_tokens(self) -> int: ...
     def verify(self) -> None: ...
     def check_sites(self, sites: list[str]) -> None: ...
-    def fetch(self, contexts_N: Tensor, sites: list[str]) -> dict[str, Encoded]: ...
+    def fetch(self, contexts_N: Tensor, sites: list[str], out: dict[str, Encoded] | None = None) -> dict[str, Encoded]: ...
     def statistics(self, site: str) -> SiteStatistics: ...
 
 
@@ -74,6 +74,7 @@ class Batches:
         self.contexts_per_group = min(max(fitting, needed), self.contexts_per_epoch)
         self._epoch: tuple[int, Tensor] | None = None
         self._groups: dict[int, Future] = {}
+        self._spare: list[dict[str, Encoded]] = []  # memory of groups that are used up: fresh memory costs more than filling it
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
 
     @property
@@ -115,21 +116,23 @@ class Batches:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _group(self, number: int) -> tuple[Tensor, dict[str, Encoded]]:
+        for old in [n for n in self._groups if n < number]:
+            self._spare.append(self._groups.pop(old).result()[2])
         for wanted in (number, number + 1):
             if wanted not in self._groups:
                 self._groups[wanted] = self._pool.submit(self._load, wanted)
-        for old in [n for n in self._groups if n < number]:
-            del self._groups[old]
-        return self._groups[number].result()
+        order_R, encoded, _ = self._groups[number].result()
+        return order_R, encoded
 
-    def _load(self, number: int) -> tuple[Tensor, dict[str, Encoded]]:
+    def _load(self, number: int) -> tuple[Tensor, dict[str, Encoded], dict[str, Encoded]]:
         epoch, group = divmod(number, self.groups_per_epoch)
         contexts_N = self._contexts_of(epoch)[group * self.contexts_per_group : (group + 1) * self.contexts_per_group]
-        encoded = {site: e.flat() for site, e in self.source.fetch(contexts_N, self.sites).items()}
+        memory = self.source.fetch(contexts_N, self.sites, self._spare.pop() if self._spare else None)
+        encoded = {site: values.flat() for site, values in memory.items()}
         size = self.source.context_size
         kept_R = (torch.arange(len(contexts_N))[:, None] * size + torch.arange(self.skip, size)).flatten()
         order_R = kept_R[torch.randperm(len(kept_R), generator=self._generator(epoch, 1 + group))]
-        return order_R, encoded
+        return order_R, encoded, memory
 
     def _contexts_of(self, epoch: int) -> Tensor:
         if self._epoch is None or self._epoch[0] != epoch:

@@ -93,19 +93,21 @@ class ActivationStore:
             if site not in self.widths:
                 raise UserError(f"site {site!r} is not in the store {self.path}: it holds {', '.join(self.widths)}")
 
-    def fetch(self, contexts_N: Tensor, sites: list[str]) -> dict[str, Encoded]:
-        """The stored activations of some contexts, in the order given: values [N, S, D]."""
+    def fetch(self, contexts_N: Tensor, sites: list[str], out: dict[str, Encoded] | None = None) -> dict[str, Encoded]:
+        """The stored activations of some contexts, in the order given: values [N, S, D]. Written into `out`, the result of an
+        earlier call for as many contexts, where that is given."""
         self.check_sites(sites)
         per_shard = self.manifest["contexts_per_shard"]
-        storage = self.config["storage"]
         count, size = len(contexts_N), self.context_size
-        out = {
-            site: Encoded(
-                torch.empty(count, size, self.widths[site], dtype=STORAGE[storage]),
-                torch.empty(count, size) if storage == "int8" else None,
-            )
-            for site in sites
-        }
+        if out is None or any(len(encoded.values) != count for encoded in out.values()):
+            storage = STORAGE[self.config["storage"]]
+            out = {
+                site: Encoded(
+                    torch.empty(count, size, self.widths[site], dtype=storage),
+                    torch.empty(count, size) if storage == torch.int8 else None,
+                )
+                for site in sites
+            }
         for row, context in enumerate(contexts_N.tolist()):
             shard = self._shard(context // per_shard)
             for site, encoded in out.items():

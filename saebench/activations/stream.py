@@ -42,8 +42,8 @@ class ActivationStream:
             if site not in self.widths:
                 raise UserError(f"site {site!r} is not in this stream: it computes {', '.join(self.widths)}")
 
-    def fetch(self, contexts_N: Tensor, sites: list[str]) -> dict[str, Encoded]:
-        """The activations of some contexts, in the order given: values [N, S, D] float32."""
+    def fetch(self, contexts_N: Tensor, sites: list[str], out: dict[str, Encoded] | None = None) -> dict[str, Encoded]:
+        """The activations of some contexts, in the order given: values [N, S, D] float32, in new memory."""
         self.check_sites(sites)
         parts = [self.lm.read(self.contexts.ids_NS[chunk], sites) for chunk in contexts_N.split(self.batch_size)]
         return {site: Encoded(torch.cat([p[site].flatten(2).float().cpu() for p in parts])) for site in sites}

@@ -31,15 +31,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     started = time.perf_counter()
     recipe = load_recipe("builtin", args.settings)
+    run = Run.begin(args.out, recipe.model_dump(mode="json"), overwrite=args.overwrite)
     pipeline = Pipeline(recipe)
     pipeline.check()
-    run = Run.begin(args.out, recipe.model_dump(mode="json"), overwrite=args.overwrite)
     pipeline.train(run)
     evaluation = run.evaluation("core") or pipeline.evaluate(run)
 
     lm, site = pipeline.lm, recipe.activations.sites[0]
     source = pipeline.source(run.path.parent)
-    contexts = pipeline.contexts[0][: max(1, TOKENS_INDEXED // recipe.activations.context_size)]
+    contexts = source.contexts[: max(1, TOKENS_INDEXED // source.context_size)]
     features = {}
     for name, path in run.dictionaries().items():
         dictionary = load_dictionary(path)

@@ -24,12 +24,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     recipe = load_recipe(args.recipe, args.settings)
     out = args.out or Path("runs") / recipe.name
-    pipeline = Pipeline(recipe)
-    pipeline.check()
     run = Run.begin(out, recipe.model_dump(mode="json"), overwrite=args.overwrite)
     if run.finished:
         say(f"{out} is finished already; --overwrite trains it again")
     else:
+        pipeline = Pipeline(recipe)
+        pipeline.check()
         pipeline.train(run)
         say(f"trained {', '.join(run.dictionaries())} into {out}; measure with: saebench evaluate {out}")
     rows = read_metrics(out / "metrics.jsonl")

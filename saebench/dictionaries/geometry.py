@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROWS_AT_ONCE = 512  # of a large matrix, so that what lies between two operations stays in the cache
+
 
 def random_unit_rows(rows: int, width: int, generator: torch.Generator) -> Tensor:
     """Uniform directions: [rows, width]."""
@@ -27,11 +29,13 @@ def geometric_median(x_BD: Tensor, max_iterations: int = 100, tolerance: float =
 
 def project_out(gradient_FD: Tensor, rows_FD: Tensor) -> None:
     """Remove from each gradient row, in place, its component along the row it belongs to."""
-    lengths_F1 = rows_FD.square().sum(1, keepdim=True).clamp_min(1e-24)
-    along_F1 = (gradient_FD * rows_FD).sum(1, keepdim=True) / lengths_F1
-    gradient_FD.addcmul_(along_F1, rows_FD, value=-1)
+    for gradient, rows in zip(gradient_FD.split(ROWS_AT_ONCE), rows_FD.split(ROWS_AT_ONCE), strict=True):
+        squares = rows.square().sum(1, keepdim=True).clamp_min_(1e-24)
+        along = (gradient * rows).sum(1, keepdim=True).div_(squares)
+        gradient.addcmul_(along, rows, value=-1)
 
 
 def scale_to_unit(rows_FD: Tensor) -> None:
     """Give every row unit length, in place; a zero row stays zero."""
-    rows_FD /= rows_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    for rows in rows_FD.split(ROWS_AT_ONCE):
+        rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)

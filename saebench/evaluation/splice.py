@@ -6,6 +6,7 @@ Shape suffixes: `C` contexts, `S` positions, `D` width of the site, `B` tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,9 +56,7 @@ def evaluate(
             x_hat_BD = dictionary.decode(codes)
             quality.update(x_BD, x_hat_BD, codes)
             for name, new_BD in {"spliced": x_hat_BD, "zero": torch.zeros_like(x_BD), "mean": mean_D.expand_as(x_BD)}.items():
-                replaced_CSD = x_CSD.clone()
-                replaced_CSD[:, 1:] = new_BD.reshape(x_CSD[:, 1:].shape).to(x_CSD.dtype)
-                with lm.edit({site: lambda _, replaced_CSD=replaced_CSD: replaced_CSD}):
+                with lm.edit({site: _put(x_CSD, new_BD)}):
                     logits[name] = lm.logits(ids_CS)
             loss.update(ids_CS[:, 2:], {name: values[:, 1:-1] for name, values in logits.items()})
             report(ids_CS.numel())
@@ -74,6 +73,13 @@ def evaluate(
         "seed": seed,
         "density": quality.density_F.tolist(),
     }
+
+
+def _put(x_CSD: Tensor, new_BD: Tensor) -> Callable[[Tensor], Tensor]:
+    """A replacement of a site by new values on all positions but the first."""
+    replaced_CSD = x_CSD.clone()
+    replaced_CSD[:, 1:] = new_BD.reshape(x_CSD[:, 1:].shape).to(x_CSD.dtype)
+    return lambda _: replaced_CSD
 
 
 def _mean_at(lm: LanguageModel, contexts: Contexts, site: str, batch_size: int) -> Tensor:

@@ -44,10 +44,10 @@ class Postings:
         tokens, values = self.of(latent)
         found: dict[int, tuple[int, float]] = {}
         for place in torch.argsort(values, descending=True, stable=True).tolist():
-            token = int(tokens[place])
-            found.setdefault(token // self.contexts.context_size, (token, float(values[place])))
             if len(found) == count:
                 break
+            token = int(tokens[place])
+            found.setdefault(token // self.contexts.context_size, (token, float(values[place])))
         return list(found.values())
 
 

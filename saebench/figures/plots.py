@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 
 # Okabe and Ito's palette: told apart by people with any colour vision.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+RANGE = (-6.5, 0.0)  # of log10 density; rarer latents are counted in the first bar
 CURVES = {"fvu": "FVU on training batches", "l0": "L0", "dead": "dead latents (share)", "lr": "learning rate"}
 
 
@@ -44,7 +45,7 @@ def density_histogram(density: Sequence[float], tokens: int) -> go.Figure:
     values = np.asarray(density)
     alive = values[values > 0]
     dead = int((values == 0).sum())
-    counts, edges = np.histogram(np.log10(alive) if len(alive) else [], bins=60, range=(-6.5, 0))
+    counts, edges = np.histogram(np.clip(np.log10(alive), *RANGE), bins=60, range=RANGE)
     centres = (edges[:-1] + edges[1:]) / 2
     bars = go.Bar(
         x=centres, y=counts, width=np.diff(edges), marker={"color": PALETTE[0]}, customdata=10**centres,

@@ -73,7 +73,7 @@ class SiteTable:
 
     def describe(self) -> str:
         kinds = [kind for kind in COMMON if f"blocks.0.{kind}" in self.sites]
-        others = [name for name in ("hook_embed", "ln_final.hook_out") if name in self.sites]
+        others: list[str] = [name for name in ("hook_embed", "ln_final.hook_out") if name in self.sites]
         return ", ".join([f"blocks.N.{kind}" for kind in kinds] + others) + f" (N from 0 to {self.num_layers - 1})"
 
 
@@ -85,12 +85,15 @@ def read_sites(model: nn.Module, sites: list[Site], run: Callable[[], Any]) -> d
     """Run the model until every site has been computed, and no further. Returns one tensor per site, as the model holds it."""
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str, value: Tensor) -> None:
-        seen[name] = value
-        if len(seen) == len(sites):
-            raise _AllRead
+    def keeper(name: str) -> Callable[[Tensor], None]:
+        def keep(value: Tensor) -> None:
+            seen[name] = value
+            if len(seen) == len(sites):
+                raise _AllRead
 
-    with hooked(model, {site: (lambda value, name=site.name: keep(name, value)) for site in sites}), suppress(_AllRead):
+        return keep
+
+    with hooked(model, {site: keeper(site.name) for site in sites}), suppress(_AllRead):
         run()
     return seen
 

@@ -75,7 +75,7 @@ class _Wandb:
         self._run.finish()
 
 
-_SINKS = {"tensorboard": _Tensorboard, "wandb": _Wandb}
+_SINKS: dict[str, type[_Tensorboard] | type[_Wandb]] = {"tensorboard": _Tensorboard, "wandb": _Wandb}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

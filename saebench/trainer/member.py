@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saebench.activations.statistics import SiteStatistics
-from saebench.dictionaries import Dictionary, DictionaryConfig
+from saebench.dictionaries import Dictionary, DictionaryConfig, Losses
 from saebench.trainer.config import TrainConfig
 
 
@@ -78,7 +78,7 @@ class Member:
         self._count(x_BD, losses, norm)
 
     @torch.no_grad()
-    def _count(self, x_BD: Tensor, losses, norm: Tensor) -> None:
+    def _count(self, x_BD: Tensor, losses: Losses, norm: Tensor) -> None:
         firings_F = losses.codes.firings()
         self.silent_F.add_(len(x_BD)).masked_fill_(firings_F > 0, 0)
         news = {

@@ -17,7 +17,7 @@ class Numbered:
     def check_sites(self, sites):
         assert set(sites) <= {"a"}
 
-    def fetch(self, contexts_N, sites):
+    def fetch(self, contexts_N, sites, out=None):
         position = torch.arange(self.context_size).expand(len(contexts_N), -1)
         values = torch.stack([contexts_N[:, None].expand_as(position), position], -1).float()
         if self.bad is not None:

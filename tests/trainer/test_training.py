@@ -33,7 +33,7 @@ class Planted:
             if site not in self.widths:
                 raise UserError(f"no {site}")
 
-    def fetch(self, contexts_N, sites):
+    def fetch(self, contexts_N, sites, out=None):
         return {site: Encoded(self.x[contexts_N] * (1 + list(self.widths).index(site))) for site in sites}
 
     def statistics(self, site):
