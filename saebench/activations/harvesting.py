@@ -57,7 +57,7 @@ def harvest(
         "model": lm.name,
         "model_fingerprint": lm.fingerprint,
         "text": text.name if isinstance(text, Text) else str(text) if isinstance(text, str) else "contexts",
-        "tokens": identity(contexts.ids_NS.flatten().tolist()),
+        "tokens": contexts.identity,
         "context_size": contexts.context_size,
         "sites": sites,
         "storage": storage,

@@ -32,7 +32,7 @@ class ActivationStream:
 
     @property
     def identity(self) -> str:
-        return identity([self.lm.fingerprint, self.contexts.ids_NS.flatten().tolist(), list(self.widths)])
+        return identity([self.lm.fingerprint, self.contexts.identity, list(self.widths)])
 
     def verify(self) -> None:
         """Nothing is stored, so nothing can be damaged."""

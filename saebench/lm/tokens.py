@@ -6,8 +6,10 @@ Shape suffixes: `N` contexts, `S` positions in a context.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from saebench.errors import UserError
 from saebench.lm.text import Text
+from saebench.progress import progress
 
 BATCH_OF_DOCUMENTS = 64
 NO_DOCUMENT = -1
@@ -45,6 +48,13 @@ class Contexts:
     def num_tokens(self) -> int:
         return self.ids_NS.numel()
 
+    @property
+    def identity(self) -> str:
+        """A short hash of the token ids and their shape."""
+        digest = hashlib.sha256(str(tuple(self.ids_NS.shape)).encode())
+        digest.update(self.ids_NS.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
 
 def pack(text: Text, tokenizer: Any, context_size: int, num_tokens: int | None = None) -> Contexts:
     """Tokenise `text` into contexts of `context_size` tokens, about `num_tokens` in all (None: the whole text).
@@ -59,15 +69,17 @@ def pack(text: Text, tokenizer: Any, context_size: int, num_tokens: int | None =
     wanted = None if num_tokens is None else max(1, num_tokens // context_size)
 
     names: list[str] = []
-    pieces: list[tuple[list[int], int]] = []
+    pieces: list[Tensor] = []
     length = 0
-    for name, ids in _encode(text, tokenizer):
-        ids = ids if separator is None else [separator, *ids]
-        pieces.append((ids, len(names)))
-        names.append(name)
-        length += len(ids)
-        if wanted is not None and length >= wanted * body:
-            break
+    with progress("tokenise", (wanted or 0) * context_size, "tokens") if wanted else nullcontext() as report:
+        for name, ids in _encode(text, tokenizer):
+            pieces.append(torch.tensor(ids if separator is None else [separator, *ids], dtype=torch.int32))
+            names.append(name)
+            length += len(pieces[-1])
+            if report is not None:
+                report(len(pieces[-1]))
+            if wanted is not None and length >= wanted * body:
+                break
     if not names:
         raise UserError(f"text {text.name!r} is empty: nothing to tokenise")
     if length < body:
@@ -77,9 +89,9 @@ def pack(text: Text, tokenizer: Any, context_size: int, num_tokens: int | None =
     count = length // body if wanted is None else min(wanted, length // body)
 
     first = 0 if separator is None else -1
-    ids = torch.cat([torch.tensor(ids, dtype=torch.int32) for ids, _ in pieces])[: count * body].view(count, body)
-    documents = torch.cat([torch.full((len(ids),), number, dtype=torch.int32) for ids, number in pieces])
-    positions = torch.cat([torch.arange(first, first + len(ids), dtype=torch.int32) for ids, _ in pieces])
+    ids = torch.cat(pieces)[: count * body].view(count, body)
+    documents = torch.cat([torch.full((len(piece),), number, dtype=torch.int32) for number, piece in enumerate(pieces)])
+    positions = torch.cat([torch.arange(first, first + len(piece), dtype=torch.int32) for piece in pieces])
     documents, positions = documents[: count * body].view(count, body), positions[: count * body].view(count, body)
     if bos is not None:
         column = torch.full((count, 1), bos, dtype=torch.int32)
