@@ -2,7 +2,8 @@
 
 from saebench.activations.batches import Batches, Source
 from saebench.activations.harvesting import harvest
+from saebench.activations.sequences import sequences
 from saebench.activations.store import ActivationStore
 from saebench.activations.stream import ActivationStream
 
-__all__ = ["harvest", "ActivationStore", "ActivationStream", "Batches", "Source"]
+__all__ = ["harvest", "ActivationStore", "ActivationStream", "Batches", "sequences", "Source"]

@@ -20,6 +20,7 @@ from saebench.activations.statistics import SiteStatistics
 from saebench.errors import UserError
 from saebench.files import check_files, identity, read_json, read_manifest, read_tensors
 from saebench.lm.tokens import Contexts
+from saebench.progress import progress
 
 FORMAT, VERSION = "saebench-activations", 1
 FIELDS = {"complete", "config", "config_id", "contexts_per_shard", "num_contexts", "sizes", "storage_fvu", "widths"}
@@ -69,7 +70,11 @@ class ActivationStore:
 
     def verify(self) -> None:
         """Read every file and compare it with its hash. Raises UserError naming the first damaged file."""
-        check_files(self.path, self.manifest["files"])
+        sizes = self.manifest["sizes"]
+        with progress("verify", sum(sizes.values()), "bytes") as report:
+            for name, expected in self.manifest["files"].items():
+                check_files(self.path, {name: expected})
+                report(sizes[name])
 
     @cached_property
     def contexts(self) -> Contexts:

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saebench.activations import Source
+from saebench.activations import Source, sequences
 from saebench.dictionaries import Dictionary
 from saebench.lm import Contexts
 from saebench.progress import progress
-
-CONTEXTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -60,16 +58,15 @@ def collect(dictionary: Dictionary, source: Source, site: str, contexts: Context
     size, d_sae = contexts.context_size, dictionary.config.d_sae
     tokens, latents, values = [], [], []
     with progress("index", contexts.num_tokens, "tokens") as report:
-        for start in range(0, len(contexts), CONTEXTS_AT_ONCE):
-            stop = min(start + CONTEXTS_AT_ONCE, len(contexts))
-            x_CSD = source.fetch(torch.arange(start, stop), [site])[site].decode()
+        for start, read in sequences(source, [site], stop=len(contexts)):
+            x_CSD = read[site]
             codes = dictionary.encode(x_CSD[:, 1:].flatten(0, 1))
             row_N, latent_N, value_N = codes.nonzero()
             context_N, position_N = row_N // (size - 1), row_N % (size - 1) + 1
             tokens.append(((start + context_N) * size + position_N).to(torch.int32))
             latents.append(latent_N.to(torch.int32))
             values.append(value_N)
-            report((stop - start) * size)
+            report(len(x_CSD) * size)
     latent_N = torch.cat(latents)
     order_N = torch.argsort(latent_N, stable=True)
     counts_F = torch.bincount(latent_N, minlength=d_sae)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from saebench.errors import UserError
+from saebench.files import identity
 
 
 class MetricsLog:
@@ -61,7 +62,9 @@ class _Wandb:
             import wandb
         except ImportError:
             raise UserError("training.loggers names wandb, which is not installed: pip install 'saebench[wandb]'") from None
-        self._run = wandb.init(project="saebench", name=run_name, dir=str(directory), id=run_name or None, resume="allow")
+        self._run = wandb.init(
+            project="saebench", name=run_name, dir=str(directory), id=identity(str(directory.resolve())), resume="allow"
+        )
 
     def write(self, row: dict[str, Any]) -> None:
         values = {

@@ -50,7 +50,7 @@ class Member:
             statistics = SiteStatistics.empty(sample_BD.shape[1])
             statistics.update(sample_BD)
         if config.d_in is None:
-            config = config.for_site(config.site or "", sample_BD.shape[1])
+            config = config.model_copy(update={"d_in": sample_BD.shape[1]})
         dictionary = config.build()
         scale = input_scale(config.normalise, statistics)
         generator = torch.Generator().manual_seed(training.seed)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from helpers import SITES
 
-from saebench.activations import ActivationStream, Batches
+from saebench.activations import ActivationStream, Batches, sequences
 from saebench.activations.encoding import Encoded
 from saebench.errors import UserError
 
@@ -102,3 +102,17 @@ def test_sites_that_are_not_there_are_named(make_store, tiny_lm, contexts):
     for source in (make_store(), ActivationStream(tiny_lm, contexts, SITES)):
         with pytest.raises(UserError, match="'blocks.2.hook_resid_post' is not in"):
             Batches(source, ["blocks.2.hook_resid_post"], 5)
+
+
+def test_sequences_come_in_order_from_store_and_stream(make_store, tiny_lm, contexts):
+    direct = tiny_lm.read(contexts.ids_NS, SITES)
+    for source in (make_store(), ActivationStream(tiny_lm, contexts, SITES)):
+        for world in (1, 3):
+            parts = [
+                part for rank in range(world) for part in sequences(source, SITES, 10, start=5, stop=80, rank=rank, world=world)
+            ]
+            assert [first for first, _ in parts][0] == 5
+            for site in SITES:
+                torch.testing.assert_close(torch.cat([read[site] for _, read in parts]), direct[site][5:80], rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="rank=1"):
+        next(sequences(source, SITES, rank=1, world=1))

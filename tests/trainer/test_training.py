@@ -290,3 +290,27 @@ def test_recovers_planted_atoms():
         member.step(draw(512), step)
     cosines = atoms @ member.finished().W_dec.T
     assert float(cosines.amax(1).mean()) > 0.93
+
+
+def test_wandb_receives_the_metrics_and_a_resumed_run_keeps_its_id(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    calls, begin = [], wandb.init
+
+    def recording(**options):
+        calls.append(options)
+        run = begin(**options)
+        log = run.log
+        run.log = lambda values, step: (calls.append((step, values)), log(values, step=step))
+        return run
+
+    monkeypatch.setattr(wandb, "init", recording)
+    training = TrainConfig(**SETTINGS | {"loggers": ["wandb"]})
+    for _ in range(2):
+        sb.train(sb.TopK(d_sae=8, k=2), Planted(), training, out=tmp_path)
+    begun = [call for call in calls if isinstance(call, dict)]
+    assert len({options["id"] for options in begun}) == 1
+    logged = [call for call in calls if isinstance(call, tuple)]
+    assert [step for step, _ in logged][:4] == [10, 20, 30, 40]
+    assert 0 < logged[0][1]["topk-8-k2/fvu"] < 2
