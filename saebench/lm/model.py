@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -93,6 +94,7 @@ class LanguageModel:
     def __init__(self, name: str, hf: Any, tokenizer: Any, fingerprint: str):
         self.name, self.hf, self.tokenizer, self.fingerprint = name, hf, tokenizer, fingerprint
         self._widths: dict[str, int] = {}
+        self._alone = threading.RLock()  # hooks belong to the module, not to a thread: one thread at a time
 
     @property
     def device(self) -> torch.device:
@@ -141,18 +143,21 @@ class LanguageModel:
         """The activations at some sites, [B, S, D] each; the model runs to the deepest of them and stops."""
         ids_BS = self._checked(ids_BS)
         base = self.hf.base_model  # without the unembedding, which no site but the logits needs
-        return read_sites(self.hf, [self.site(name) for name in sites], lambda: base(ids_BS, use_cache=False))
+        with self._alone:
+            return read_sites(self.hf, [self.site(name) for name in sites], lambda: base(ids_BS, use_cache=False))
 
     @torch.inference_mode()
     def logits(self, ids_BS: Tensor) -> Tensor:
         """Next-token logits: [B, S, V]."""
-        return self.hf(self._checked(ids_BS), use_cache=False).logits
+        with self._alone:
+            return self.hf(self._checked(ids_BS), use_cache=False).logits
 
     @contextmanager
     def edit(self, functions: dict[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
         """Replace sites while the block runs: each function gets the [B, S, D] tensor of its site and returns the one to go on
-        with, or None to leave it. Holds for every forward pass inside, generation with a cache included."""
-        with hooked(self.hf, {self.site(name): function for name, function in functions.items()}):
+        with, or None to leave it. Holds for every forward pass inside, generation with a cache included; other
+        threads wait."""
+        with self._alone, hooked(self.hf, {self.site(name): function for name, function in functions.items()}):
             yield
 
     @torch.inference_mode()
@@ -168,17 +173,18 @@ class LanguageModel:
                 f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {self.max_context} positions"
             )
         ids_BS = torch.tensor([ids], device=self.device)
-        torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         end = self.tokenizer.eos_token_id
-        out = self.hf.generate(
-            ids_BS,
-            attention_mask=torch.ones_like(ids_BS),
-            max_new_tokens=max_new_tokens,
-            use_cache=True,
-            pad_token_id=end,
-            **sampling,
-        )
+        with self._alone, torch.random.fork_rng():
+            torch.manual_seed(seed)
+            out = self.hf.generate(
+                ids_BS,
+                attention_mask=torch.ones_like(ids_BS),
+                max_new_tokens=max_new_tokens,
+                use_cache=True,
+                pad_token_id=end,
+                **sampling,
+            )
         return self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
 
     @cached_property

@@ -111,7 +111,7 @@ def test_sequences_come_in_order_from_store_and_stream(make_store, tiny_lm, cont
             parts = [
                 part for rank in range(world) for part in sequences(source, SITES, 10, start=5, stop=80, rank=rank, world=world)
             ]
-            assert [first for first, _ in parts][0] == 5
+            assert parts[0][0] == 5
             for site in SITES:
                 torch.testing.assert_close(torch.cat([read[site] for _, read in parts]), direct[site][5:80], rtol=1e-4, atol=1e-5)
     with pytest.raises(UserError, match="rank=1"):

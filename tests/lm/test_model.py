@@ -118,3 +118,17 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not one")
     with pytest.raises(UserError, match="cannot load"):
         load_lm(tmp_path)
+
+
+def test_threads_do_not_see_each_others_sites(tiny_lm):
+    from concurrent.futures import ThreadPoolExecutor
+
+    batches = [torch.randint(0, len(tiny_lm.tokenizer), (4, 16), generator=torch.Generator().manual_seed(n)) for n in range(24)]
+    sites = ["blocks.0.hook_resid_post", "blocks.2.hook_mlp_out"]
+    expected = [tiny_lm.read(ids, sites[n % 2 :]) for n, ids in enumerate(batches)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda pair: tiny_lm.read(pair[1], sites[pair[0] % 2 :]), enumerate(batches)))
+    for result, single in zip(results, expected, strict=True):
+        assert result.keys() == single.keys()
+        for site, value in single.items():
+            torch.testing.assert_close(result[site], value)
