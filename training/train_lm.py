@@ -136,7 +136,7 @@ def batch_at(step: int, stream: torch.Tensor, bos: int, args: argparse.Namespace
     windows = stream[starts + torch.arange(args.context - 1)]
     labels = windows.clone()
     for row in range(args.repeats):
-        length = int(torch.randint(16, args.context // 2, (), generator=generator))
+        length = int(torch.randint(min(16, args.context // 4), args.context // 2, (), generator=generator))
         stretch = stream[torch.randint(0, len(stream), (length,), generator=generator)]
         windows[row] = labels[row] = stretch.repeat(-(-args.context // length))[: args.context - 1]
         labels[row, :length] = IGNORED
@@ -163,6 +163,19 @@ def nats_on(model: GPT2LMHeadModel, stream: torch.Tensor, bos: int, context: int
         logits = model(window[None]).logits[0, skip:-1]
         total += torch.nn.functional.cross_entropy(logits.double(), window[skip + 1 :], reduction="sum").item()
     return total
+
+
+@torch.no_grad()
+def induction_scores(model: GPT2LMHeadModel, bos: int, length: int = 60) -> torch.Tensor:
+    """How much each head attends, on random tokens that are repeated, to the token behind the first copy: [layers, heads]."""
+    generator = torch.Generator().manual_seed(0)
+    once = torch.randint(1, model.config.vocab_size, (8, min(length, model.config.n_positions // 2 - 1)), generator=generator)
+    ids = torch.cat([torch.full((len(once), 1), bos), once, once], dim=1)
+    model.set_attn_implementation("eager")  # the fused attention does not give its pattern
+    patterns = model(ids, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    rows = torch.arange(once.shape[1] + 1, 2 * once.shape[1] + 1)
+    return torch.stack([pattern[:, :, rows, rows - once.shape[1] + 1].mean((0, 2)) for pattern in patterns])
 
 
 def save_state(path: Path, model: GPT2LMHeadModel, opts: Optimisers, step: int) -> None:
@@ -217,7 +230,9 @@ def main() -> None:
     model.eval()
     bits = nats_on(model, held_out, bos, args.context) / math.log(2) / held_bytes
     model.save_pretrained(args.out)
-    say(f"held-out: {bits:.4f} bits per byte; wrote {args.out}")
+    scores = induction_scores(model, bos)
+    layer, head = divmod(int(scores.argmax()), scores.shape[1])
+    say(f"held-out: {bits:.4f} bits per byte; induction score {scores.max():.3f} (layer {layer}, head {head}); wrote {args.out}")
 
 
 def train(model: GPT2LMHeadModel, stream: torch.Tensor, bos: int, args: argparse.Namespace) -> None:
