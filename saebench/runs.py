@@ -18,6 +18,7 @@ from saebench.files import read_json, write_json
 FORMAT, VERSION = "saebench-run", 1
 FIELDS = {"format", "version", "name", "started", "finished", "recipe", "versions", "model", "activations", "seconds"}
 RUN = "run.json"
+WRITTEN = ("metrics.jsonl", "report.html", "checkpoint", "dictionaries", "evals", "tensorboard", "wandb")
 VERSIONED = ("saebench", "torch", "transformers", "transformer-lens", "safetensors", "numpy")
 
 
@@ -64,7 +65,7 @@ class Run:
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: name a directory for the run")
         replaced = None
-        if path.exists() and any(p.name != f".{RUN}.partial" for p in path.iterdir()):
+        if path.exists() and any(_is_foreign(p, recipe) for p in path.iterdir()):
             if not (path / RUN).exists():
                 raise UserError(f"{path} is not empty and holds no run: name another directory")
             found = cls.open(path)
@@ -126,14 +127,21 @@ class Run:
         write_json(self.path / RUN, self.record)
 
     def _clear(self) -> None:
-        """Remove everything but run.json, which says from the start that the run is unfinished: a kill in between does no harm."""
+        """Remove what the run wrote, run.json apart: it says first that the run is unfinished, so a kill in between does no harm."""
         self.record["finished"] = False
         self.save()
-        for path in self.path.iterdir():
+        for name in WRITTEN:
+            path = self.path / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != RUN:
-                path.unlink()
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_foreign(path: Path, recipe: dict[str, Any]) -> bool:
+    """Whether something in a directory without run.json is neither a leftover of writing that nor the recipe's own store."""
+    store = recipe.get("activations", {}).get("path")
+    return path.name != f".{RUN}.partial" and not (store and Path(store).resolve().is_relative_to(path.resolve()))
 
 
 def first_difference(a: Any, b: Any, key: str = "") -> tuple[str, Any, Any] | None:

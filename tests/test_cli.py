@@ -71,8 +71,9 @@ def refused(capsys, workplace):
         code = main([*map(str, arguments), "--json"])
         out, err = capsys.readouterr()
         assert code == 2
-        (line,) = err.splitlines()
-        assert line.startswith("error: ")
+        line = err.splitlines()[-1]
+        assert [row for row in err.splitlines() if row.startswith("error: ")] == [line]
+        assert "Traceback" not in err
         assert json.loads(out.splitlines()[-1]) == {"error": line.removeprefix("error: "), "exit_code": 2}
         assert snapshot(workplace) == before
         return line
@@ -495,6 +496,18 @@ def test_another_run_is_kept_unless_it_is_to_be_overwritten(call, refused, workp
     call(*changed, "--out", "runs/fresh")
     assert weights(workplace / "runs" / "tiny") == weights(workplace / "runs" / "fresh")
     assert not (workplace / "runs" / "tiny" / "evals").exists()
+
+
+def test_an_unfinished_run_goes_on_only_with_the_same_activations(call, refused, workplace):
+    arguments = ["train", "recipe.toml", "--set", "activations.mode=stream"]
+    call(*arguments)
+    path = workplace / "runs" / "tiny" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
+    text = (workplace / "text.txt").read_text()
+    (workplace / "text.txt").write_text(text.replace("return", "yield"))
+    assert "the activations are not those that runs/tiny began with" in refused(*arguments)
+    (workplace / "text.txt").write_text(text)
+    call(*arguments)
 
 
 def test_places_that_hold_no_run_are_refused(refused, workplace):

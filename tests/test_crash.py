@@ -83,7 +83,10 @@ def start(place, *command):
 
 def finish(process, code=0):
     """Wait for the end; returns standard error."""
-    _, err = process.communicate(timeout=300)
+    try:
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == code, err
     assert "Traceback" not in err
     return err
@@ -94,7 +97,9 @@ def wait_until(process, condition):
     deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail("waited in vain for the moment to stop the process")
         time.sleep(0.001)
 
 

@@ -1,0 +1,136 @@
+"""Characteristic features of a dictionary made by hand, whose latents fire on known tokens."""
+
+import pytest
+import torch
+
+import saebench as sb
+from saebench.activations.encoding import Encoded
+from saebench.features import characteristic_features, collect
+from saebench.features.characteristic import token_shares
+from saebench.lm import Contexts
+
+CONTEXTS, SIZE, VOCABULARY = 120, 65, 200
+RARE, COPY, TURNED, SELDOM, DENSE, DEAD, MIXED, OTHER = range(8)
+TOKENS = {RARE: 7, COPY: 7, TURNED: 7, SELDOM: 9, DENSE: 10, OTHER: 8}
+PLACES = {7: 80, 8: 60, 9: 49, 10: 400}
+
+
+class Held:
+    """A source that holds the wanted codes: with an identity encoder the activations are the codes."""
+
+    def __init__(self, x_NSD):
+        self.x_NSD = x_NSD
+        self.widths = {"a": x_NSD.shape[2]}
+        self.num_contexts, self.context_size = x_NSD.shape[:2]
+
+    def fetch(self, contexts_N, sites, out=None):
+        return {site: Encoded(self.x_NSD[contexts_N]) for site in sites}
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """Token ids [C, S], where each token of PLACES stands as often as said, and the codes [C, S, F]."""
+    generator = torch.Generator().manual_seed(2)
+    ids_CS = torch.randint(20, VOCABULARY, (CONTEXTS, SIZE), generator=generator)
+    inner = (torch.arange(CONTEXTS)[:, None] * SIZE + torch.arange(1, SIZE)).flatten()
+    places = inner[torch.randperm(len(inner), generator=generator)]
+    flat_T = ids_CS.view(-1)
+    for token, count in PLACES.items():
+        flat_T[places[:count]] = token
+        places = places[count:]
+    codes_TF = torch.zeros(CONTEXTS * SIZE, 8)
+    strengths_T = 1 + torch.rand(CONTEXTS * SIZE, generator=generator)
+    for latent, token in TOKENS.items():
+        codes_TF[:, latent] = (flat_T == token) * strengths_T * (0.5 if latent in (COPY, TURNED) else 1)
+    codes_TF[places[:90], MIXED] = strengths_T[places[:90]]
+    codes_TF[::SIZE, RARE] = 9.0  # first tokens never count
+    return ids_CS, codes_TF
+
+
+@pytest.fixture(scope="module")
+def dictionary():
+    dictionary = sb.TopK(d_sae=8, k=8, d_in=8, site="a").build().requires_grad_(False)
+    dictionary.W_enc_FD.copy_(torch.eye(8))
+    dictionary.W_dec.copy_(torch.eye(8))
+    dictionary.W_dec[COPY] = torch.eye(8)[RARE] + 0.5 * torch.eye(8)[COPY]  # cosine 0.89 with RARE
+    return dictionary
+
+
+@pytest.fixture(scope="module")
+def postings(corpus, dictionary):
+    ids_CS, codes_TF = corpus
+    documents_CS = (torch.arange(CONTEXTS)[:, None] // 60).expand(-1, SIZE).int()
+    contexts = Contexts(ids_CS.int(), documents_CS, torch.zeros_like(documents_CS), ["first.txt", "second.txt"])
+    return collect(dictionary, Held(codes_TF.view(CONTEXTS, SIZE, 8)), "a", contexts)
+
+
+def test_the_specific_are_chosen_and_their_likes_skipped(dictionary, postings):
+    features = characteristic_features(dictionary, postings, 10)
+    assert [feature.latent for feature in features[1:]] == [OTHER, MIXED]
+    assert features[0].latent in (RARE, TURNED)
+    assert len(characteristic_features(dictionary, postings, 2)) == 2
+    assert postings.counts_F[SELDOM] == 49
+    assert float(postings.density_F()[DENSE]) > 0.02
+    assert postings.counts_F[DEAD] == 0
+
+
+def test_near_decoders_are_skipped_though_their_tokens_differ(dictionary, postings):
+    near = sb.TopK(d_sae=8, k=8, d_in=8, site="a").build().requires_grad_(False)
+    near.W_dec.copy_(dictionary.W_dec)
+    near.W_dec[[TURNED, COPY, OTHER]] = near.W_dec[RARE].clone()
+    assert OTHER not in [feature.latent for feature in characteristic_features(near, postings, 10)]
+    near.W_dec[OTHER] = -near.W_dec[RARE]
+    assert OTHER in [feature.latent for feature in characteristic_features(near, postings, 10)]
+
+
+def test_a_feature_is_described_by_its_firings(corpus, dictionary, postings):
+    codes_TF = corpus[1].clone()
+    codes_TF[::SIZE] = 0
+    for feature in characteristic_features(dictionary, postings, 10, examples=6, around=10):
+        codes_T = codes_TF[:, feature.latent]
+        firing = codes_T[codes_T > 0]
+        assert feature.density == pytest.approx(len(firing) / (CONTEXTS * (SIZE - 1)))
+        assert feature.mean_value == pytest.approx(float(firing.mean()), rel=1e-5)
+        assert feature.max_value == pytest.approx(float(firing.max()))
+        best_C = codes_T.view(CONTEXTS, SIZE).max(1).values.sort(descending=True).values
+        assert [example.values[example.focus] for example in feature.examples] == pytest.approx(best_C[:6].tolist())
+        for example in feature.examples:
+            assert len(example.ids) == len(example.values) <= 10 + 5 + 1
+            assert example.document in ("first.txt", "second.txt")
+
+
+def test_examples_are_stretches_of_one_context(corpus, dictionary, postings):
+    ids_CS, codes_TF = corpus
+    (feature,) = characteristic_features(dictionary, postings, 1, examples=40, around=60)
+    for example in feature.examples:
+        places = [
+            (context, first)
+            for context in range(CONTEXTS)
+            for first in range(SIZE - len(example.ids) + 1)
+            if ids_CS[context, first : first + len(example.ids)].tolist() == example.ids
+        ]
+        ((context, first),) = places
+        stored = codes_TF.view(CONTEXTS, SIZE, 8)[context, first : first + len(example.ids), feature.latent].tolist()
+        if first == 0:
+            stored[0] = 0.0
+        assert example.values == pytest.approx(stored)
+        assert example.document == ("first.txt" if context < 60 else "second.txt")
+
+
+def test_token_shares_by_brute_force(corpus, dictionary, postings):
+    ids_CS, codes_TF = corpus
+    ids_T = ids_CS.flatten()
+    for latent in (RARE, MIXED):
+        sums: dict[int, float] = {}
+        for place in range(CONTEXTS * SIZE):
+            if place % SIZE and codes_TF[place, latent] > 0:
+                sums[int(ids_T[place])] = sums.get(int(ids_T[place]), 0.0) + float(codes_TF[place, latent])
+        shares_V = token_shares(postings, latent, ids_T, VOCABULARY)
+        assert float(shares_V.sum()) == pytest.approx(1)
+        for token in range(VOCABULARY):
+            assert float(shares_V[token]) == pytest.approx(sums.get(token, 0.0) / sum(sums.values()), abs=1e-9)
+    rare, *others = characteristic_features(dictionary, postings, 3)
+    assert rare.top_tokens == [(7, pytest.approx(1))]
+    shares = [share for _, share in others[1].top_tokens]
+    assert len(shares) == 5
+    assert shares == sorted(shares, reverse=True)
