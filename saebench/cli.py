@@ -12,7 +12,7 @@ import sys
 from importlib import import_module
 
 from saebench import __version__
-from saebench.errors import UserError
+from saebench.errors import Interrupted, UserError
 
 COMMANDS = {
     "demo": "the main job on the bundled model and text, end to end",
@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(" ".join(str(error).split()), 2, args.json)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to continue", 130, args.json)
+    except Interrupted as stopped:
+        return _fail(str(stopped), 130, args.json)
     except Exception as error:
-        if type(error).__name__ == "Interrupted":
-            return _fail(str(error), 130, args.json)
         from saebench.files import is_disk_full
 
         if is_disk_full(error):

@@ -86,9 +86,7 @@ class Pipeline:
         recipe = self.recipe
         if recipe.activations.path is not None:
             return Path(recipe.activations.path)
-        key = identity(
-            [recipe.model.model_dump(), recipe.text.model_dump(), recipe.activations.model_dump(), recipe.evaluation.num_tokens]
-        )
+        key = identity([recipe.model.model_dump(), recipe.text.model_dump(), recipe.activations.model_dump()])
         return beside.parent / "acts" / f"{recipe.name}-{key[:8]}"
 
     def source(self, beside: Path) -> ActivationStore | ActivationStream:

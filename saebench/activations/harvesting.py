@@ -137,8 +137,8 @@ class _Writer:
         context_bytes = contexts.context_size * sum(widths.values()) * STORAGE[config["storage"]].itemsize
         batches = max(1, SHARD_BYTES // (context_bytes * config["batch_size"]))
         writer = cls(path, config, widths, contexts, batches * config["batch_size"], 0, {}, {})
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file: name a directory for the store")
+        if blocking := next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None):
+            raise UserError(f"{blocking} is a file: name another directory for the store")
         if (path / MANIFEST).exists():
             writer._take_up()
             return writer
@@ -150,7 +150,8 @@ class _Writer:
     def _take_up(self) -> None:
         manifest = read_manifest(self.path, FORMAT, VERSION, FIELDS)
         if manifest["config"] != self.config:
-            other = next(k for k in self.config if manifest["config"].get(k) != self.config[k])
+            differing = [k for k in self.config if manifest["config"].get(k) != self.config[k]]
+            other = next((k for k in differing if k != "tokens"), "tokens")  # the hash of the tokens tells a person least
             raise UserError(
                 f"{self.path} holds another harvest ({other}: {manifest['config'].get(other)!r} there, {self.config[other]!r} here): "
                 "name another directory or remove it"

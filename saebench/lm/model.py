@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from saebench.errors import UserError
@@ -23,6 +24,7 @@ from saebench.lm.sites import Site, SiteTable, hooked, read_sites
 
 BUILTIN = Path(__file__).parent / "builtin"
 ENDS_HASHED = 1 << 20
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
 
 
 def load_lm(name: str | Path = "builtin", *, device: str = "auto", dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -31,7 +33,7 @@ def load_lm(name: str | Path = "builtin", *, device: str = "auto", dtype: torch.
     `device` is `auto` (CUDA where there is one), `cpu`, `cuda` or any torch device. Only safetensors weights are read.
     Raises UserError when the model is not found, incomplete, or the hub cannot be reached.
     """
-    name = str(name)
+    name, place = str(name), _device(device)
     directory = BUILTIN if name == "builtin" else Path(name).expanduser()
     local = name == "builtin" or directory.exists()
     if local:
@@ -51,7 +53,7 @@ def load_lm(name: str | Path = "builtin", *, device: str = "auto", dtype: torch.
             source, dtype=dtype, use_safetensors=True, local_files_only=local
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         if local:
             raise UserError(f"cannot load a language model from {directory}: {reason}") from error
@@ -60,10 +62,18 @@ def load_lm(name: str | Path = "builtin", *, device: str = "auto", dtype: torch.
         ) from error
     finally:
         quiet.set_verbosity(verbosity)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     fingerprint = fingerprint_of(directory) if local else getattr(model.config, "_commit_hash", None) or "unknown"
-    return LanguageModel(name, model.eval().requires_grad_(False).to(device), tokenizer, fingerprint)
+    return LanguageModel(name, model.eval().requires_grad_(False).to(place), tokenizer, fingerprint)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, if this machine has it. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]}): use cpu, or auto") from None
 
 
 def _check_checkpoint(directory: Path) -> None:
@@ -73,6 +83,8 @@ def _check_checkpoint(directory: Path) -> None:
         raise UserError(f"{directory} has no config.json: a local model is a Hugging Face checkpoint directory")
     if not list(directory.glob("*.safetensors")):
         raise UserError(f"{directory} has no .safetensors weights: convert them first (pickled weights are never read)")
+    if not any((directory / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{directory} has no tokenizer: it needs one of {', '.join(TOKENIZER_FILES)}")
 
 
 def fingerprint_of(directory: Path) -> str:

@@ -136,13 +136,19 @@ def _hugging_face_text(name: str, split: str, column: str) -> Text:
     dataset, _, config = name.removeprefix("hf:").partition(":")
 
     def read() -> Iterator[Document]:
-        import datasets  # heavy: imported only by those who name a data set
-
-        if Path(dataset).is_dir():
-            opened = datasets.load_from_disk(dataset)
-            rows = opened[split] if isinstance(opened, datasets.DatasetDict) else opened
-        else:
-            rows = datasets.load_dataset(dataset, config or None, split=split, streaming=True)
+        try:
+            import datasets  # heavy: imported only by those who name a data set
+        except ImportError:
+            raise UserError(f"text {name!r} needs the datasets package: pip install 'saebench[datasets]'") from None
+        try:
+            if Path(dataset).is_dir():
+                opened = datasets.load_from_disk(dataset)
+                rows = opened[split] if isinstance(opened, datasets.DatasetDict) else opened
+            else:
+                rows = datasets.load_dataset(dataset, config or None, split=split, streaming=True)
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"cannot open data set {dataset!r} ({reason}): check name, config, split and network") from error
         for number, row in enumerate(rows):
             if column not in row:
                 raise UserError(f"data set {dataset} has no column {column!r}: it has {', '.join(row)}")

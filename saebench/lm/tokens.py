@@ -76,8 +76,8 @@ def pack(text: Text, tokenizer: Any, context_size: int, num_tokens: int | None =
             pieces.append(torch.tensor(ids if separator is None else [separator, *ids], dtype=torch.int32))
             names.append(name)
             length += len(pieces[-1])
-            if report is not None:
-                report(len(pieces[-1]))
+            if report is not None and wanted is not None:
+                report(min(len(pieces[-1]), wanted * context_size - (length - len(pieces[-1]))))
             if wanted is not None and length >= wanted * body:
                 break
     if not names:

@@ -1,8 +1,7 @@
 """The trainer: one loop for any set of dictionaries from any source of activations."""
 
 from saebench.trainer.config import TrainConfig
-from saebench.trainer.interrupt import Interrupted
 from saebench.trainer.loop import train
 from saebench.trainer.member import Member
 
-__all__ = ["train", "TrainConfig", "Interrupted", "Member"]
+__all__ = ["train", "TrainConfig", "Member"]

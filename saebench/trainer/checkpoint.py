@@ -24,8 +24,8 @@ def write_checkpoint(directory: Path, states: dict[str, dict[str, Tensor]], prog
     """Write the states of all members and the loop's own (`FIELDS`), then remove older checkpoints."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"step-{progress['step']:08d}"
-    if path.exists():  # the same step again, after a resume that made no step
-        return
+    for stale in [path, *directory.glob(".step-*.partial")]:  # a damaged one of the same step, or what a kill left behind
+        shutil.rmtree(stale, ignore_errors=True)
     with replacing_directory(path) as temporary:
         for name, tensors in states.items():
             write_tensors(temporary / f"{name}.safetensors", tensors)

@@ -9,10 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Interrupted(Exception):
-    """Work stopped on request, with everything saved; the message says how to continue."""
-
-
 class StopRequest:
     """Whether a stop was asked for."""
 

@@ -18,7 +18,7 @@ class MetricsLog:
         self.path = path
         path.touch()
         with path.open("r+b") as file:
-            file.truncate(resume_at)
+            file.truncate(min(resume_at, path.stat().st_size))  # a power cut may have taken lines that a checkpoint had counted
         self._sinks = [_SINKS[name](path.parent, run_name) for name in loggers or []]
 
     @property

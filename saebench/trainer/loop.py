@@ -16,11 +16,11 @@ from torch import Tensor
 
 from saebench.activations import Batches, Source
 from saebench.dictionaries import Dictionary, DictionaryConfig
-from saebench.errors import UserError
+from saebench.errors import Interrupted, UserError
 from saebench.progress import progress, say
 from saebench.trainer.checkpoint import read_checkpoint, write_checkpoint
 from saebench.trainer.config import TrainConfig
-from saebench.trainer.interrupt import Interrupted, stop_on_interrupt
+from saebench.trainer.interrupt import stop_on_interrupt
 from saebench.trainer.logs import MetricsLog
 from saebench.trainer.member import Member
 

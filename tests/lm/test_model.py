@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -116,8 +118,23 @@ def test_models_that_cannot_be_loaded_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no .safetensors weights"):
         load_lm(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not one")
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_lm(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot load"):
         load_lm(tmp_path)
+
+
+def test_truncated_weights_and_missing_devices_are_named(tiny_lm_directory, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_lm_directory, copy)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="cannot load a language model from"):
+        load_lm(copy)
+    for device in ("abacus", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(UserError, match=f"device '{device}' is not to be had here"):
+            load_lm(tiny_lm_directory, device=device)
 
 
 def test_threads_do_not_see_each_others_sites(tiny_lm):

@@ -8,8 +8,8 @@ import torch
 import saebench as sb
 from saebench.activations.encoding import Encoded
 from saebench.activations.statistics import SiteStatistics
-from saebench.errors import UserError
-from saebench.trainer import Interrupted, Member, TrainConfig
+from saebench.errors import Interrupted, UserError
+from saebench.trainer import Member, TrainConfig
 from saebench.trainer import loop as loop_module
 
 
@@ -140,9 +140,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     content = bytearray(newest.read_bytes())
     content[-5] ^= 1
     newest.write_bytes(content)
+    (tmp_path / "checkpoint" / ".step-00000029.partial").mkdir()
     sb.train(config, source, training, out=tmp_path)
     assert "step-00000030 is damaged" in capsys.readouterr().err
     assert weights(tmp_path) == expected
+    assert sorted(p.name for p in (tmp_path / "checkpoint").iterdir()) == ["step-00000015", "step-00000030"]
+    assert newest.read_bytes() != content  # the damaged one was written anew
     for path in (tmp_path / "checkpoint").glob("*/sae.safetensors"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint in .* is intact"):
