@@ -3,7 +3,7 @@
     import saebench as sb
     lm    = sb.load_lm("builtin")
     store = sb.harvest(lm, sb.builtin_text(), sites=["blocks.2.hook_resid_post"], num_tokens=1_000_000, out="acts/demo")
-    sae   = sb.train(sb.TopK(d_sae=4096, k=32), store, sb.TrainConfig(num_tokens=1_000_000, lr=1e-3))
+    sae   = sb.train(sb.TopK(d_sae=4096, k=32), store, sb.TrainConfig(num_tokens=1_000_000))
     codes = sae.encode(x_BD); x_hat_BD = sae.decode(codes)
     sae.save("my-sae"); sae = sb.load("my-sae")
 

@@ -24,7 +24,7 @@ parser.add_argument("--site", default="blocks.2.hook_resid_post", help="Transfor
 parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens to harvest and train on")
 parser.add_argument("--d-sae", type=int, default=4096, help="latents")
 parser.add_argument("--k", type=int, default=32, help="active latents per token")
-parser.add_argument("--lr", type=float, default=2e-3)
+parser.add_argument("--lr", type=float, help="peak learning rate; default by size and length of the run")
 parser.add_argument("--out", type=Path, default=Path("runs/train_sae"))
 
 

@@ -10,6 +10,7 @@ from saebench.config import Config
 
 DEAD_AFTER_TOKENS = 10_000_000
 LR_AT_16K = 2e-4
+LONG_RUN = 300_000_000
 
 
 class TrainConfig(Config):
@@ -20,8 +21,8 @@ class TrainConfig(Config):
     batch_size: int = Field(default=2048, gt=0)
     """Tokens in a step."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of Adam; default 2e-4 * sqrt(16384 / d_sae), which suits hundreds of millions of tokens. Short runs want
-    several times more."""
+    """Peak learning rate of Adam; default 2e-4 * sqrt(16384 / d_sae) for 300 million tokens and more, rising with the 0.3rd power
+    of their shortage, up to ten times that."""
     warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of the steps with rising learning rate."""
     decay: float = Field(default=0.2, ge=0, le=1)
@@ -63,7 +64,9 @@ class TrainConfig(Config):
 
     def lr_for(self, d_sae: int) -> float:
         """The peak learning rate of a dictionary of this size."""
-        return self.lr if self.lr is not None else LR_AT_16K * (16384 / d_sae) ** 0.5
+        if self.lr is not None:
+            return self.lr
+        return LR_AT_16K * (16384 / d_sae) ** 0.5 * min(10.0, max(1.0, LONG_RUN / self.num_tokens) ** 0.3)
 
     def rate_at(self, step: int) -> float:
         """The factor on the learning rate at a step: linear up, constant, linear down to zero behind the last step."""
