@@ -50,7 +50,7 @@ def main() -> None:
     (args.out / "figures.json").write_text(json.dumps(figures, indent=2))
 
     # 5. What did it learn?
-    postings = collect(sae, store, args.site, training_contexts[:512])
+    postings = collect(sae, store, args.site, limit=512)
     for feature in characteristic_features(sae, postings, count=12):
         print(f"feature {feature.latent:>6}  {feature.density:.3%} of tokens  {headline(feature, lm.token_strings.__getitem__)}")
     print(f"saved to {args.out}/dictionaries; load it with saebench.load(...)")

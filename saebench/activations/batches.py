@@ -19,6 +19,7 @@ from torch import Tensor
 from saebench.activations.encoding import Encoded
 from saebench.activations.statistics import SiteStatistics
 from saebench.errors import UserError
+from saebench.lm import Contexts
 
 GROUP_BYTES = 128 << 20
 MIX = 1_000_003
@@ -31,6 +32,8 @@ class Source(Protocol):
     num_contexts: int
     context_size: int
 
+    @property
+    def contexts(self) -> Contexts: ...
     @property
     def identity(self) -> str: ...
     @property

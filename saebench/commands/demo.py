@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     lm, site = pipeline.lm, recipe.activations.sites[0]
     source = pipeline.source(run.path.parent)
-    contexts = source.contexts[: max(1, TOKENS_INDEXED // source.context_size)]
     features = {}
     for name, path in run.dictionaries().items():
         dictionary = load_dictionary(path)
-        postings = collect(dictionary, source, dictionary.config.site or site, contexts)
+        limit = max(1, TOKENS_INDEXED // source.context_size)
+        postings = collect(dictionary, source, dictionary.config.site or site, limit)
         features[name] = characteristic_features(dictionary, postings, FEATURES_SHOWN)
     report = write_report(run, evaluation, features, lm.token_strings.__getitem__)
     for name, shown in features.items():

@@ -1,8 +1,9 @@
-"""Which features to show first: those that say most about the token they fire on, and differ from each other.
+"""Which features to show first: those that say most about the text around their firings, and differ from each other.
 
-A latent's evidence is how far the tokens it fires on (weighted by value) are from the corpus as a whole, in nats. The score is evidence
-times the fourth root of its firings: a latent seen often enough to be believed, but specific. One is taken after the other, strongest
-first, skipping latents whose decoder is near that of one taken before, or whose leading token is.
+A latent's evidence is how far the tokens at its strong firings, the three before them and the one after are from the corpus as a whole,
+each weighted by value, in nats; the surroundings count in full, the token itself, which is the easy part, by half. Few firings
+look specific by chance, so evidence shrinks with the square root below 200 of them. One latent is taken after the other, strongest
+first, skipping those whose decoder, or whose leading token, is near that of one taken before.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from saebench.dictionaries import Dictionary
 from saebench.features.postings import Postings
 
 MIN_FIRINGS = 50
+ENOUGH_FIRINGS = 200
 MAX_DENSITY = 0.02
 MAX_COSINE = 0.5
+STRONG = 0.3  # of the largest value
+LEAD = 8  # positions at the start of a context, where there is little before a firing to see
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,8 @@ def characteristic_features(
     corpus_V = torch.bincount(ids_T, minlength=vocabulary).double() + 1
     corpus_V /= corpus_V.sum()
     counts_F, density_F = postings.counts_F, postings.density_F()
-    scores = []
-    for latent in ((counts_F >= MIN_FIRINGS) & (density_F <= MAX_DENSITY)).nonzero()[:, 0].tolist():
-        shares_V = token_shares(postings, latent, ids_T, vocabulary)
-        evidence = float(torch.special.xlogy(shares_V, shares_V / corpus_V).sum())
-        scores.append((evidence * float(counts_F[latent]) ** 0.25, latent))
+    candidates = ((counts_F >= MIN_FIRINGS) & (density_F <= MAX_DENSITY)).nonzero()[:, 0].tolist()
+    scores = [(evidence(postings, latent, ids_T, corpus_V), latent) for latent in candidates]
 
     W_dec = torch.nn.functional.normalize(dictionary.get_parameter("W_dec").detach(), dim=1)
     chosen: list[int] = []
@@ -72,6 +73,25 @@ def characteristic_features(
     return [describe_feature(postings, latent, examples, around, ids_T, vocabulary) for latent in chosen]
 
 
+def evidence(postings: Postings, latent: int, ids_T: Tensor, corpus_V: Tensor) -> float:
+    """How much the text around a latent's strong firings differs from the corpus; see the head of this file."""
+    tokens, values = postings.of(latent)
+    strong = (values >= STRONG * values.max()) & (tokens % postings.contexts.context_size >= LEAD)
+    places, weights = tokens[strong].long(), values[strong].double()
+    if len(places) == 0:
+        return 0.0
+
+    def divergence(offsets: tuple[int, ...]) -> float:
+        shares_V = torch.zeros_like(corpus_V)
+        for offset in offsets:
+            shares_V.index_add_(0, ids_T[(places + offset).clamp(max=len(ids_T) - 1)], weights)
+        shares_V /= shares_V.sum()
+        return float(torch.special.xlogy(shares_V, shares_V / corpus_V.clamp_min(1e-300)).sum())
+
+    total = 0.5 * divergence((0,)) + divergence((-3, -2, -1)) + divergence((1,))
+    return total * min(1.0, len(places) / ENOUGH_FIRINGS) ** 0.5
+
+
 def token_shares(postings: Postings, latent: int, ids_T: Tensor, vocabulary: int) -> Tensor:
     """How the summed values of a latent are spread over the tokens of the vocabulary: [V], sums to 1."""
     tokens, values = postings.of(latent)
@@ -85,7 +105,7 @@ def describe_feature(postings: Postings, latent: int, examples: int, around: int
     by_token = dict(zip(tokens.tolist(), values.tolist(), strict=True))
     size = postings.contexts.context_size
     shown = []
-    for token, _ in postings.top(latent, examples):
+    for token, _ in postings.top(latent, examples, skip=LEAD):
         first = max(token - around, token // size * size)
         last = min(token + around // 2 + 1, (token // size + 1) * size)
         document = int(postings.contexts.documents_NS.flatten()[token])

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saebench.activations import Source, sequences
+from saebench.activations import Source
 from saebench.dictionaries import Dictionary
 from saebench.lm import Contexts
 from saebench.progress import progress
+
+CONTEXTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -37,29 +39,35 @@ class Postings:
     def density_F(self) -> Tensor:
         return self.counts_F.double() / (len(self.contexts) * (self.contexts.context_size - 1))
 
-    def top(self, latent: int, count: int) -> list[tuple[int, float]]:
-        """The strongest firings of a latent, at most one from each context: (token, value), strongest first."""
+    def top(self, latent: int, count: int, skip: int = 0) -> list[tuple[int, float]]:
+        """The strongest firings of a latent, at most one from each context and none at its first `skip` positions: (token, value),
+        strongest first."""
         tokens, values = self.of(latent)
         found: dict[int, tuple[int, float]] = {}
         for place in torch.argsort(values, descending=True, stable=True).tolist():
             if len(found) == count:
                 break
             token = int(tokens[place])
+            if token % self.contexts.context_size < skip:
+                continue
             found.setdefault(token // self.contexts.context_size, (token, float(values[place])))
         return list(found.values())
 
 
 @torch.inference_mode()
-def collect(dictionary: Dictionary, source: Source, site: str, contexts: Contexts) -> Postings:
-    """Encode the first `len(contexts)` contexts of a source once, position 0 left out, and sort the codes by latent.
+def collect(dictionary: Dictionary, source: Source, site: str, limit: int | None = None) -> Postings:
+    """Encode up to `limit` contexts of a source once, spread evenly over it, and sort the codes by latent.
 
-    Holds all entries in memory: 12 bytes each.
+    Position 0 is left out. Holds all entries in memory: 12 bytes each.
     """
+    count = source.num_contexts if limit is None else min(limit, source.num_contexts)
+    numbers_C = torch.arange(count) * source.num_contexts // count
+    contexts = source.contexts[numbers_C]
     size, d_sae = contexts.context_size, dictionary.config.d_sae
     tokens, latents, values = [], [], []
     with progress("index", contexts.num_tokens, "tokens") as report:
-        for start, read in sequences(source, [site], stop=len(contexts)):
-            x_CSD = read[site]
+        for start in range(0, count, CONTEXTS_AT_ONCE):
+            x_CSD = source.fetch(numbers_C[start : start + CONTEXTS_AT_ONCE], [site])[site].decode()
             codes = dictionary.encode(x_CSD[:, 1:].flatten(0, 1))
             row_N, latent_N, value_N = codes.nonzero()
             context_N, position_N = row_N // (size - 1), row_N % (size - 1) + 1

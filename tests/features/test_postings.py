@@ -14,8 +14,8 @@ SITE, CONTEXTS, SIZE, D_IN, D_SAE, K = "a", 70, 9, 6, 20, 3
 class Held:
     """A source whose activations [N, S, D] are given."""
 
-    def __init__(self, x_NSD):
-        self.x_NSD = x_NSD
+    def __init__(self, x_NSD, contexts):
+        self.x_NSD, self.contexts = x_NSD, contexts
         self.widths = {SITE: x_NSD.shape[2]}
         self.num_contexts, self.context_size = x_NSD.shape[:2]
 
@@ -57,7 +57,7 @@ def dense_TF(x_NSD, dictionary):
 @pytest.fixture(scope="module")
 def postings(x_NSD, dictionary):
     ids_NS = torch.arange(CONTEXTS * SIZE).view(CONTEXTS, SIZE) % 11
-    return collect(dictionary, Held(x_NSD), SITE, contexts_of(ids_NS))
+    return collect(dictionary, Held(x_NSD, contexts_of(ids_NS)), SITE)
 
 
 def test_postings_equal_the_dense_codes(postings, dense_TF):
@@ -87,8 +87,15 @@ def test_top_gives_the_strongest_of_each_context_in_order(postings, dense_TF, co
             assert value == pytest.approx(float(dense_TF[token, latent]), rel=1e-4)
 
 
-def test_only_the_contexts_asked_for_are_indexed(x_NSD, dictionary, dense_TF):
-    ids_NS = torch.zeros(CONTEXTS // 2, SIZE, dtype=torch.int64)
-    part = collect(dictionary, Held(x_NSD), SITE, contexts_of(ids_NS))
-    assert torch.equal(part.counts_F, (dense_TF[: ids_NS.numel()] > 0).sum(0))
-    assert int(part.tokens_N.max()) < ids_NS.numel()
+def test_a_limit_spreads_over_the_whole_source(x_NSD, dictionary, dense_TF):
+    ids_NS = torch.arange(CONTEXTS * SIZE).view(CONTEXTS, SIZE)
+    part = collect(dictionary, Held(x_NSD, contexts_of(ids_NS)), SITE, limit=CONTEXTS // 2)
+    chosen = [number * CONTEXTS // (CONTEXTS // 2) for number in range(CONTEXTS // 2)]
+    expected = dense_TF.view(CONTEXTS, SIZE, -1)[chosen] > 0
+    assert torch.equal(part.counts_F, expected.sum((0, 1)))
+    assert part.contexts.ids_NS[:, 0].tolist() == [number * SIZE for number in chosen]
+
+
+def test_top_can_skip_the_start_of_contexts(postings, dense_TF):
+    for latent in range(D_SAE):
+        assert all(token % SIZE >= 3 for token, _ in postings.top(latent, 50, skip=3))
