@@ -52,13 +52,16 @@ def main() -> None:
             args.rounds, contexts.num_tokens,
         )  # fmt: skip
         store = repeated_store(lm, contexts, work / "large", args)
+        batches = sb.Batches(store, [SITE], args.batch_size)
         reading = in_turns(
             {
                 "sequential": lambda: read_in_order(store),
-                "shuffled": lambda: read_shuffled(store, args.batch_size),
+                "shuffled": lambda: read_shuffled(batches, store.num_tokens // args.batch_size),
             },
             args.rounds, store.num_tokens,
         )  # fmt: skip
+
+        batches.close()
 
     result = {
         "date": date.today().isoformat(),
@@ -147,11 +150,9 @@ def read_in_order(store: sb.ActivationStore) -> None:
             rows.float()
 
 
-def read_shuffled(store: sb.ActivationStore, batch_size: int) -> None:
-    batches = sb.Batches(store, [SITE], batch_size)
-    for _ in range(store.num_tokens // batch_size):
+def read_shuffled(batches: sb.Batches, count: int) -> None:
+    for _ in range(count):
         next(batches)
-    batches.close()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Shape suffixes: `N` contexts, `S` positions in a context, `D` width of a site.
 from __future__ import annotations
 
 import json
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from saebench.progress import progress
 FORMAT, VERSION = "saebench-activations", 1
 FIELDS = {"complete", "config", "config_id", "contexts_per_shard", "num_contexts", "sizes", "storage_fvu", "widths"}
 TOKENS, DOCUMENTS = "tokens.safetensors", "documents.json"
-_SAFETENSORS_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
 
 
 def shard_name(number: int) -> str:
@@ -54,7 +52,7 @@ class ActivationStore:
         self.widths: dict[str, int] = self.manifest["widths"]
         self.num_contexts: int = self.manifest["num_contexts"]
         self.context_size: int = self.config["context_size"]
-        self._shards: dict[int, dict[str, Tensor]] = {}
+        self._shards: dict[int, dict[str, np.ndarray]] = {}
 
     def __repr__(self) -> str:
         return f"ActivationStore({str(self.path)!r}: {', '.join(self.widths)}; {self.num_tokens:,} tokens as {self.config['storage']})"
@@ -113,12 +111,12 @@ class ActivationStore:
                 )
                 for site in sites
             }
-        for row, context in enumerate(contexts_N.tolist()):
-            shard = self._shard(context // per_shard)
-            for site, encoded in out.items():
-                encoded.values[row] = shard[site][context % per_shard]
-                if encoded.scales is not None:
-                    encoded.scales[row] = shard[f"{site}.scale"][context % per_shard]
+        for name, target in tensors_of(out).items():
+            rows = (
+                target.view(torch.uint8).flatten(1).numpy()
+            )  # one copy by one thread: the caller's threads have work of their own
+            for row, context in enumerate(contexts_N.tolist()):
+                rows[row] = self._shard(context // per_shard)[name][context % per_shard]
         return out
 
     def read(self, site: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -126,23 +124,26 @@ class ActivationStore:
         stop = self.num_contexts if stop is None else min(stop, self.num_contexts)
         return self.fetch(torch.arange(start, stop), [site])[site].decode()
 
-    def _shard(self, number: int) -> dict[str, Tensor]:
+    def _shard(self, number: int) -> dict[str, np.ndarray]:
         if number not in self._shards:
-            self._shards[number] = map_tensors(self.path / shard_name(number))
+            self._shards[number] = map_contexts(self.path / shard_name(number))
         return self._shards[number]
 
 
-def map_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file as views of the mapped file: nothing is read until it is used."""
-    mapped = np.memmap(path, mode="c")
-    length = int.from_bytes(mapped[:8].tobytes(), "little")
-    header = json.loads(mapped[8 : 8 + length].tobytes())
-    tensors = {}
+def tensors_of(read: dict[str, Encoded]) -> dict[str, Tensor]:
+    """The tensors of what was read, under their names in a shard."""
+    scales = {f"{site}.scale": encoded.scales for site, encoded in read.items() if encoded.scales is not None}
+    return {site: encoded.values for site, encoded in read.items()} | scales
+
+
+def map_contexts(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a shard as the bytes of each context, views of the mapped file: nothing is read until it is used."""
+    mapped = np.memmap(path, mode="r")
+    length = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8:length].tobytes())
+    contexts = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start = 8 + length + entry["data_offsets"][0]
-        dtype = _SAFETENSORS_TYPES[entry["dtype"]]
-        count = math.prod(entry["shape"])
-        tensors[name] = torch.frombuffer(mapped, dtype=dtype, offset=start, count=count).view(entry["shape"])
-    return tensors
+        if name != "__metadata__":
+            start, stop = (length + offset for offset in entry["data_offsets"])
+            contexts[name] = mapped[start:stop].reshape(entry["shape"][0], -1)
+    return contexts

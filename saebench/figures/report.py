@@ -38,7 +38,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(480px, 1fr)); gap: 1rem; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: .75rem 1rem; min-width: 0; }
 .card h3 { margin: 0; font-size: 1rem; } .card .tokens { font-family: ui-monospace, monospace; font-size: .8rem; color: var(--dim); }
-pre { font: .85rem/1.7 ui-monospace, monospace; margin: .25rem 0; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre { font: .85rem/1.7 ui-monospace, monospace; margin: .25rem 0; white-space: pre-wrap; overflow-wrap: anywhere; overflow: hidden; }
 pre span { border-radius: 3px; } pre .focus { outline: 1px solid currentColor; } pre + .dim { font-size: .75rem; margin: 0 0 .4rem; }
 table { border-collapse: collapse; } td { padding: .1rem 1rem .1rem 0; vertical-align: top; }
 @media (max-width: 560px) { .cards { grid-template-columns: 1fr; } }
