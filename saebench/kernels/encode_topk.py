@@ -4,7 +4,7 @@ Shape suffixes: `B` tokens, `D` d_in, `F` d_sae, `K` k. The encoder is handled b
 the backward pass gathers and sums rows; dictionaries show it transposed.
 
 Selection: the k largest z in float32, ties to the lowest index, then ReLU. An entry that is not positive becomes padding: value
-0, and no gradient. The scores never exist as a whole: tokens pass in blocks whose scores stay near the cache.
+0, and no gradient. The scores never exist as a whole: tokens pass in blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from saebench.codes import LatentOrder, SparseCodes
 from saebench.kernels.implementations import current_implementation
 from saebench.kernels.latent_sums import latent_sums
 
-BLOCK_BYTES = 4 << 20  # scores of one block of tokens
+BLOCK_BYTES = (
+    64 << 20
+)  # scores of one block of tokens: smaller blocks read the encoder more often than they save (benchmarks/NOTES.md)
 
 
 def encode_topk(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Tensor, k: int) -> SparseCodes:
