@@ -37,6 +37,7 @@ class Pipeline:
     """One recipe being carried out. The model and the text are opened when first needed."""
 
     recipe: Recipe
+    _opened: ActivationStore | ActivationStream | None = None
 
     @cached_property
     def lm(self) -> LanguageModel:
@@ -72,7 +73,7 @@ class Pipeline:
             self.lm.width(site)
         source: Source | None = self._given_store()
         if source is None:
-            source = self._stream()
+            source = self.stream()
             first = torch.arange(min(self.recipe.activations.batch_size, len(self.contexts[0])))
             for site, encoded in source.fetch(first, list(source.widths)).items():
                 if not encoded.values.isfinite().all():
@@ -90,10 +91,15 @@ class Pipeline:
         return beside.parent / "acts" / f"{recipe.name}-{key[:8]}"
 
     def source(self, beside: Path) -> ActivationStore | ActivationStream:
-        """The activations: a given store as it is, a harvested one, or a stream. A store is verified byte by byte."""
+        """The activations: a given store as it is, a harvested one, or a stream. A store is verified byte by byte, once."""
+        if self._opened is None:
+            self._opened = self._open_source(beside)
+        return self._opened
+
+    def _open_source(self, beside: Path) -> ActivationStore | ActivationStream:
         activations = self.recipe.activations
         if activations.mode == "stream":
-            return self._stream()
+            return self.stream()
         store = self._given_store()
         if store is None:
             store = harvest(
@@ -103,7 +109,8 @@ class Pipeline:
         store.verify()
         return store
 
-    def _stream(self) -> ActivationStream:
+    def stream(self) -> ActivationStream:
+        """The activations computed by the model when asked for, whatever the recipe's mode."""
         activations = self.recipe.activations
         return ActivationStream(self.lm, self.contexts[0], activations.sites, batch_size=activations.batch_size)
 

@@ -29,7 +29,7 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
     activations, training = recipe.activations, recipe.training
     contexts, held_out = pipeline.contexts
     lm = pipeline.lm
-    stream = ActivationStream(lm, contexts, activations.sites, batch_size=activations.batch_size)
+    stream = pipeline.stream()
     configs = fit_to_source(recipe.dictionary_configs(), stream)
 
     ids_BS = contexts.ids_NS[: activations.batch_size]

@@ -112,9 +112,8 @@ class ActivationStore:
                 for site in sites
             }
         for name, target in tensors_of(out).items():
-            rows = (
-                target.view(torch.uint8).flatten(1).numpy()
-            )  # one copy by one thread: the caller's threads have work of their own
+            # copied by numpy, in one thread: the caller's threads have work of their own
+            rows = target.view(torch.uint8).flatten(1).numpy()
             for row, context in enumerate(contexts_N.tolist()):
                 rows[row] = self._shard(context // per_shard)[name][context % per_shard]
         return out

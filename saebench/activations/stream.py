@@ -21,16 +21,10 @@ class ActivationStream:
 
     def __init__(self, lm: LanguageModel, contexts: Contexts, sites: Sequence[str], *, batch_size: int = 32):
         """`batch_size` counts contexts in a forward pass. Raises UserError for an unknown site."""
-        self.lm, self.batch_size = lm, batch_size
-        self._contexts = contexts
+        self.lm, self.contexts, self.batch_size = lm, contexts, batch_size
         self.widths = {site: lm.width(site) for site in sites}
         self.num_contexts, self.context_size = len(contexts), contexts.context_size
         self._statistics: dict[str, SiteStatistics] = {}
-
-    @property
-    def contexts(self) -> Contexts:
-        """The tokens, their documents and positions."""
-        return self._contexts
 
     @property
     def num_tokens(self) -> int:

@@ -45,10 +45,7 @@ def read_checkpoint(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict
         try:
             manifest = read_manifest(path, FORMAT, VERSION, FIELDS)
             check_files(path, manifest["files"])
-            states = {
-                Path(name).stem if name.endswith(".safetensors") else name: read_tensors(path / name)
-                for name in manifest["files"]
-            }
+            states = {name.removesuffix(".safetensors"): read_tensors(path / name) for name in manifest["files"]}
         except UserError as error:
             say(f"checkpoint {path.name} is damaged ({error}); trying the one before it")
             problems.append(error)

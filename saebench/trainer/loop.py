@@ -84,9 +84,7 @@ def fit_to_source(named: dict[str, DictionaryConfig], source: Source) -> dict[st
 
 def sample_tokens(source: Source, site: str, seed: int, count: int = SAMPLE_TOKENS) -> Tensor:
     """Shuffled activations to initialise from: [count or fewer, D]."""
-    batches = Batches(source, [site], 1, seed=seed)
-    count = min(count, batches.tokens_per_epoch)
-    batches.close()
+    count = min(count, source.num_contexts * (source.context_size - 1))  # position 0 is left out
     batches = Batches(source, [site], count, seed=seed)
     try:
         return next(batches)[site]
