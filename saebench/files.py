@@ -50,10 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise UserError(
-                f"no space left while writing {path}: free some space and run the command again to continue"
-            ) from error
+        _name_full_disk(error, path)
         raise
 
 
@@ -72,11 +69,13 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if is_disk_full(error):
-            raise UserError(
-                f"no space left while writing {path}: free some space and run the command again to continue"
-            ) from error
+        _name_full_disk(error, path)
         raise
+
+
+def _name_full_disk(error: BaseException, path: Path) -> None:
+    if is_disk_full(error):
+        raise UserError(f"no space left while writing {path}: free some space and run the command again to continue") from error
 
 
 def is_disk_full(error: BaseException) -> bool:
