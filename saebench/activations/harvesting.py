@@ -165,6 +165,9 @@ class _Writer:
             if name.startswith("statistics-"):
                 tensors = read_tensors(self.path / name)
                 self.statistics = {site: SiteStatistics.from_tensors(tensors, site) for site in self.widths}
+        for path in self.path.glob("statistics-*.safetensors"):
+            if path.name not in self.files:  # killed after an entry, before the last one's statistics were removed; or before one
+                path.unlink(missing_ok=True)
         if not manifest["complete"]:
             say(f"{self.path}: continuing at token {self.next_context * self.config['context_size']:,}")
 

@@ -75,7 +75,8 @@ def test_a_stopped_harvest_goes_on_to_the_same_bytes(make_store, tiny_lm, monkey
     assert bytes_of(resumed.path) == bytes_of(whole.path)
 
 
-def test_killed_between_writing_and_entering_a_shard(make_store, monkeypatch):
+@pytest.mark.parametrize("entered", [False, True])
+def test_killed_before_or_after_entering_a_shard(make_store, monkeypatch, entered):
     whole = make_store("whole")
     from saebench.activations.harvesting import _Writer
 
@@ -83,9 +84,11 @@ def test_killed_between_writing_and_entering_a_shard(make_store, monkeypatch):
 
     def failing(self, **arguments):
         calls.append(1)
-        if len(calls) in (1, 4):
+        stop = len(calls) in (1, 4)
+        if entered or not stop:
+            enter(self, **arguments)
+        if stop:
             raise SystemExit
-        enter(self, **arguments)
 
     for _ in range(2):
         monkeypatch.setattr(_Writer, "_enter", failing)
