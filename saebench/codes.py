@@ -6,6 +6,7 @@ Shape suffixes here: `B` tokens, `K` entries of a token, `F` d_sae, `N` entries 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -41,6 +42,10 @@ class LatentOrder:
         return torch.cumsum(counts_F, 0) - counts_F
 
 
+CROWDED = 24  # with more than one entry in so many active, dense products over blocks of tokens are faster than gathering rows
+BLOCK_BYTES = 64 << 20
+
+
 @dataclass
 class SparseCodes:
     """The active latents of `B` tokens.
@@ -66,9 +71,15 @@ class SparseCodes:
     def from_dense(cls, dense_BF: Tensor) -> SparseCodes:
         """All non-zero entries of a dense code, as ragged codes."""
         rows_N, indices_N = dense_BF.nonzero(as_tuple=True)
-        counts_B = torch.bincount(rows_N, minlength=len(dense_BF))
-        offsets = torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)])
-        return cls(indices_N, dense_BF[rows_N, indices_N], dense_BF.shape[1], offsets)
+        return cls.ragged(rows_N, indices_N, dense_BF[rows_N, indices_N], *dense_BF.shape)
+
+    @classmethod
+    def ragged(cls, tokens_N: Tensor, indices_N: Tensor, values_N: Tensor, num_tokens: int, d_sae: int) -> SparseCodes:
+        """Ragged codes from entries sorted by token."""
+        counts_B = torch.bincount(tokens_N, minlength=num_tokens)
+        codes = cls(indices_N, values_N, d_sae, torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)]))
+        codes._order = LatentOrder(indices_N, tokens_N, d_sae)
+        return codes
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -88,6 +99,11 @@ class SparseCodes:
     @property
     def tokens(self) -> Tensor:
         """The row of every entry, flat, in row-major order: [N] int64."""
+        if self._order is not None:
+            return self._order.tokens_N
+        return self._tokens()
+
+    def _tokens(self) -> Tensor:
         if self.offsets is None:
             rows_B = torch.arange(len(self), device=self.indices.device)
             return rows_B.repeat_interleave(self.indices.shape[1])
@@ -97,8 +113,35 @@ class SparseCodes:
     def order(self) -> LatentOrder:
         """The same entries by latent (computed once)."""
         if self._order is None:
-            self._order = LatentOrder(self.indices.reshape(-1), self.tokens, self.d_sae)
+            self._order = LatentOrder(self.indices.reshape(-1), self._tokens(), self.d_sae)
         return self._order
+
+    @property
+    def crowded(self) -> bool:
+        """Whether so many entries are active that dense arithmetic pays."""
+        return self.indices.numel() * CROWDED > len(self) * self.d_sae
+
+    def blocks(self) -> Iterator[tuple[int, int, int, int]]:
+        """Blocks of tokens whose dense codes fit in 64 MiB: (first token, tokens, first entry, last entry + 1)."""
+        size = max(1, BLOCK_BYTES // (self.d_sae * self.values.element_size()))
+        for start in range(0, len(self), size):
+            stop = min(start + size, len(self))
+            if self.offsets is None:
+                yield start, stop - start, start * self.indices.shape[1], stop * self.indices.shape[1]
+            else:
+                yield start, stop - start, int(self.offsets[start]), int(self.offsets[stop])
+
+    def dense_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """The dense code of one block of tokens after the other: (first token, [block, F]). Memory is used again by the next."""
+        dense_bF = torch.empty(0)
+        indices_N, values_N = self.indices.reshape(-1), self.values.reshape(-1)
+        for start, count, first, last in self.blocks():
+            if len(dense_bF) != count:
+                dense_bF = values_N.new_empty(count, self.d_sae)
+            dense_bF.zero_()
+            flat_N = (self.tokens[first:last] - start) * self.d_sae + indices_N[first:last]
+            dense_bF.view(-1).index_add_(0, flat_N, values_N[first:last])
+            yield start, dense_bF
 
     def nonzero(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, value) of every entry that is not padding, each [N], row-major."""
@@ -127,4 +170,8 @@ class SparseCodes:
         return dense_BF.index_put((self.tokens, self.indices.reshape(-1).long()), self.values.reshape(-1), accumulate=True)
 
     def detach(self) -> SparseCodes:
-        return SparseCodes(self.indices, self.values.detach(), self.d_sae, self.offsets, self._order)
+        return self.replaced(self.values.detach())
+
+    def replaced(self, values: Tensor) -> SparseCodes:
+        """The same entries with other values, of the same shape."""
+        return SparseCodes(self.indices, values, self.d_sae, self.offsets, self._order)

@@ -151,7 +151,9 @@ class Pipeline:
         }
         run.save()
         with timed(run, "training"):
-            train(self.recipe.dictionary_configs(), source, self.recipe.training, out=run.path, device=self.recipe.model.device)
+            configs = self.recipe.dictionary_configs()
+            lm = self.lm if any(config.needs_lm for config in configs.values()) else None
+            train(configs, source, self.recipe.training, out=run.path, lm=lm, device=self.recipe.model.device)
         run.record["finished"] = True
         run.save()
         return run

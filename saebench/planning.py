@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from saebench.activations import ActivationStream
-from saebench.activations.batches import GROUP_BYTES
+from saebench.activations.batches import GROUP_TOKENS
 from saebench.activations.encoding import STORAGE
 from saebench.dictionaries import DictionaryConfig
-from saebench.kernels.encode_topk import BLOCK_BYTES
+from saebench.kernels.scores import BLOCK_BYTES
 from saebench.pipeline import Pipeline
 from saebench.trainer import Member, TrainConfig
 from saebench.trainer.checkpoint import KEPT
-from saebench.trainer.loop import fit_to_source
+from saebench.trainer.loop import fit_to_source, sample_contexts, sample_tokens
 
 BARE_PROCESS = 600 << 20  # Python, torch and transformers with nothing loaded
 FLOAT = 4
@@ -43,7 +43,7 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
     parts = {
         "process and model": BARE_PROCESS + sum(p.numel() * p.element_size() for p in lm.hf.parameters()),
         "dictionaries with optimiser": sum(4 * FLOAT * n for n in parameters.values()),
-        "batches and activations": 2 * GROUP_BYTES + training.batch_size * width * FLOAT * 8 + BLOCK_BYTES * 2,
+        "batches and activations": (2 * GROUP_TOKENS + training.batch_size * 8) * width * FLOAT + BLOCK_BYTES * 2,
     }
     stored = contexts.num_tokens * width * STORAGE[activations.storage].itemsize if activations.mode == "store" else 0
     passes = 1 if activations.mode == "store" else train_tokens / contexts.num_tokens
@@ -71,12 +71,13 @@ def _parameters(config: DictionaryConfig) -> int:
 
 
 def _seconds_per_step(config: DictionaryConfig, training: TrainConfig, stream: ActivationStream) -> float:
-    needed = -(-training.batch_size // (stream.context_size - 1))
-    fetched = stream.fetch(torch.arange(min(needed, stream.num_contexts)), [config.site or ""])[config.site or ""]
-    x_BD = fetched.values[:, 1:].flatten(0, 1)
-    x_BD = x_BD.repeat(-(-training.batch_size // len(x_BD)), 1)[: training.batch_size]
-    member = Member.create(config, training, x_BD)
-    return _median_seconds(lambda: member.step(x_BD, 0))
+    size, sites = training.batch_size, list(config.sites)
+    if config.sequential:
+        batch = sample_contexts(stream, sites, training.seed, size)
+    else:
+        batch = {site: x.repeat(-(-size // len(x)), 1)[:size] for site, x in sample_tokens(stream, sites, 0, size).items()}
+    member = Member.create(config, training, batch, lm=stream.lm)
+    return _median_seconds(lambda: member.step(batch, 0))
 
 
 def _median_seconds(work: Callable[[], Any]) -> float:

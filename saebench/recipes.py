@@ -95,8 +95,9 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _dictionaries_parse(self) -> Self:
         for name, config in self.dictionary_configs().items():
-            if config.site is not None and config.site not in self.activations.sites:
-                raise ValueError(f"dictionary {name!r} reads site {config.site!r}, which activations.sites lacks: add it there")
+            for site in config.sites:
+                if site not in self.activations.sites:
+                    raise ValueError(f"dictionary {name!r} needs site {site!r}, which activations.sites lacks: add it there")
         return self
 
     def dictionary_configs(self) -> dict[str, DictionaryConfig]:

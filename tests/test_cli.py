@@ -383,7 +383,10 @@ def test_demo_runs_the_main_job_and_shows_it_again(call, workplace):
         ("dictionaries.0.d_in=33", "d_in=33 does not match site 'blocks.1.hook_resid_post', which is 32 wide"),
         ("dictionaries.0.architecture=vae", "dictionaries.0.architecture='vae' is unknown: use one of topk"),
         ("dictionaries.0.site=blocks.0.hook_mlp_out", "which activations.sites lacks: add it there"),
-        ("activations.sites=['blocks.0.hook_mlp_out','blocks.1.hook_mlp_out']", "names no site and the activations have several"),
+        (
+            "activations.sites=['blocks.0.hook_mlp_out','blocks.1.hook_mlp_out']",
+            "no site is named and the activations have several",
+        ),
         ("training.num_tokens=100", "num_tokens=100 is less than one batch of 128: raise it or lower batch_size"),
         ("name=a/b", "name='a/b': string should match pattern"),
         ("training.lr", "--set 'training.lr' is not of the form key=value, such as training.lr=0.001"),

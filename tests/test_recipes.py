@@ -114,7 +114,7 @@ def test_dictionaries_are_named_by_id_or_by_their_settings(values):
         ("id", "", "dictionaries.0.id='' must be"),
         ("id", "line\n", "must be a new name"),
         ("id", 3, "dictionaries.0.id=3 must be"),
-        ("site", "c", "dictionary 'topk-64-k4' reads site 'c', which activations.sites lacks: add it there"),
+        ("site", "c", "dictionary 'topk-64-k4' needs site 'c', which activations.sites lacks: add it there"),
         ("architecture", "vae", "dictionaries.0.architecture='vae' is unknown: use one of topk"),
         ("architecture", None, "missing key dictionaries.0.architecture: one of topk"),
         ("k", 65, "k=65 exceeds d_sae=64: lower k or raise d_sae (key dictionaries.0)"),

@@ -1,9 +1,10 @@
 """Activations: harvest them into a store or compute them as a stream, and draw shuffled batches from either."""
 
-from saebench.activations.batches import Batches, Source
+from saebench.activations.batches import Batches, ContextBatches, Source
 from saebench.activations.harvesting import harvest
 from saebench.activations.sequences import sequences
 from saebench.activations.store import ActivationStore
 from saebench.activations.stream import ActivationStream
+from saebench.activations.tensors import TensorSource
 
-__all__ = ["harvest", "ActivationStore", "ActivationStream", "Batches", "sequences", "Source"]
+__all__ = ["harvest", "ActivationStore", "ActivationStream", "TensorSource", "Batches", "ContextBatches", "sequences", "Source"]

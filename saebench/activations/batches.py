@@ -21,16 +21,20 @@ from saebench.activations.statistics import SiteStatistics
 from saebench.errors import UserError
 from saebench.lm import Contexts
 
-GROUP_BYTES = 128 << 20
+GROUP_TOKENS = 65_536  # the same for all sites, so that the order does not depend on which of them are read
 MIX = 1_000_003
 
 
 class Source(Protocol):
-    """What batches are drawn from: `ActivationStore` or `ActivationStream`."""
+    """What batches are drawn from: `ActivationStore`, `ActivationStream` or `TensorSource`."""
 
     widths: dict[str, int]
     num_contexts: int
     context_size: int
+    skip: int
+    """Positions at the start of every context that are neither trained on nor measured."""
+    ordered: bool
+    """Whether contexts are sequences, or rows without an order."""
 
     @property
     def contexts(self) -> Contexts: ...
@@ -47,7 +51,8 @@ class Source(Protocol):
 class Batches:
     """An endless sequence of batches, each a dict of site to float32 [B, D]; `position` is the number of the next one.
 
-    Position 0 of every context is left out (`skip=1`). With `world > 1` each rank sees its own part of every epoch.
+    The first positions of every context are left out, as many as the source says (`skip`).
+    With `world > 1` each rank sees its own part of every epoch.
     """
 
     def __init__(
@@ -58,12 +63,13 @@ class Batches:
         *,
         seed: int = 0,
         position: int = 0,
-        skip: int = 1,
+        skip: int | None = None,
         rank: int = 0,
         world: int = 1,
     ):
         self.source, self.sites, self.batch_size = source, list(dict.fromkeys(sites)), batch_size
-        self.seed, self.position, self.skip, self.rank, self.world = seed, position, skip, rank, world
+        self.skip = skip = source.skip if skip is None else skip
+        self.seed, self.position, self.rank, self.world = seed, position, rank, world
         source.check_sites(self.sites)
         if not 0 <= rank < world:
             raise UserError(f"rank={rank} is not in a world of {world}")
@@ -71,8 +77,7 @@ class Batches:
         self.contexts_per_epoch = source.num_contexts // world  # equal for all ranks; the remainder differs from epoch to epoch
         if self.contexts_per_epoch < 1 or self.rows_per_context < 1:
             raise UserError(f"{source.num_contexts} contexts of {source.context_size} tokens are too few for {world} ranks")
-        context_bytes = source.context_size * sum(source.widths[site] for site in self.sites) * 4
-        fitting = max(1, GROUP_BYTES // context_bytes)
+        fitting = max(1, GROUP_TOKENS // source.context_size)
         needed = -(-2 * batch_size // self.rows_per_context)
         self.contexts_per_group = min(max(fitting, needed), self.contexts_per_epoch)
         self._epoch: tuple[int, Tensor] | None = None
@@ -106,11 +111,7 @@ class Batches:
             start += len(index)
             wanted -= len(index)
         batch = {site: torch.cat(parts) if len(parts) > 1 else parts[0] for site, parts in pieces.items()}
-        for site, x_BD in batch.items():
-            if not torch.isfinite(x_BD.sum()):
-                raise UserError(
-                    f"NaN or Inf in the activations of site {site!r}, batch {self.position}: check the model and the store"
-                )
+        check_finite(batch, self.position)
         self.position += 1
         return batch
 
@@ -134,15 +135,64 @@ class Batches:
         encoded = {site: values.flat() for site, values in memory.items()}
         size = self.source.context_size
         kept_R = (torch.arange(len(contexts_N))[:, None] * size + torch.arange(self.skip, size)).flatten()
-        order_R = kept_R[torch.randperm(len(kept_R), generator=self._generator(epoch, 1 + group))]
+        order_R = kept_R[torch.randperm(len(kept_R), generator=generator_of(self.seed, epoch, 1 + group))]
         return order_R, encoded, memory
 
     def _contexts_of(self, epoch: int) -> Tensor:
         if self._epoch is None or self._epoch[0] != epoch:
-            permuted_N = torch.randperm(self.source.num_contexts, generator=self._generator(epoch, 0))
+            permuted_N = torch.randperm(self.source.num_contexts, generator=generator_of(self.seed, epoch, 0))
             self._epoch = (epoch, permuted_N[self.rank :: self.world][: self.contexts_per_epoch])
         return self._epoch[1]
 
-    def _generator(self, epoch: int, number: int) -> torch.Generator:
-        seed = (self.seed * MIX + epoch) * MIX + number
-        return torch.Generator().manual_seed(seed % (1 << 63))
+
+class ContextBatches:
+    """An endless sequence of batches of whole contexts, each a dict of site to float32 [C, S, D], in an order that is a function of
+    the seed: an epoch permutes the contexts. For dictionaries that read sequences."""
+
+    def __init__(self, source: Source, sites: Sequence[str], batch_size: int, *, seed: int = 0, position: int = 0):
+        """`batch_size` counts contexts. Raises UserError for a source without order, or an unknown site."""
+        self.source, self.sites = source, list(dict.fromkeys(sites))
+        self.batch_size, self.seed, self.position = min(batch_size, source.num_contexts), seed, position
+        source.check_sites(self.sites)
+        if not source.ordered:
+            raise UserError(
+                "these activations are shuffled rows without an order: a dictionary that reads sequences needs contexts"
+            )
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="contexts")
+        self._ahead: dict[int, Future] = {}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        """The next batch. Raises UserError naming site and batch when it holds NaN or Inf."""
+        for position in (self.position, self.position + 1):
+            if position not in self._ahead:
+                self._ahead[position] = self._pool.submit(self._load, position)
+        batch = self._ahead.pop(self.position).result()
+        check_finite(batch, self.position)
+        self.position += 1
+        return batch
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, position: int) -> dict[str, Tensor]:
+        per_epoch = self.source.num_contexts // self.batch_size  # whole batches; what is left over differs from epoch to epoch
+        epoch, number = divmod(position, per_epoch)
+        permuted_N = torch.randperm(self.source.num_contexts, generator=generator_of(self.seed, epoch, 0))
+        fetched = self.source.fetch(permuted_N[number * self.batch_size : (number + 1) * self.batch_size], self.sites)
+        return {site: encoded.decode() for site, encoded in fetched.items()}
+
+
+def check_finite(batch: dict[str, Tensor], number: int) -> None:
+    """Raises UserError naming the site and the batch where there is NaN or Inf."""
+    for site, x in batch.items():
+        if not torch.isfinite(x.sum()):
+            raise UserError(f"NaN or Inf in the activations of site {site!r}, batch {number}: check the model and the store")
+
+
+def generator_of(seed: int, epoch: int, number: int) -> torch.Generator:
+    """Random numbers that belong to one place in the order."""
+    return torch.Generator().manual_seed(((seed * MIX + epoch) * MIX + number) % (1 << 63))

@@ -59,6 +59,12 @@ class SiteStatistics:
         return self.mean_square - float(self.mean_D.square().sum())
 
     @property
+    def gamma(self) -> float:
+        """||mean|| / sqrt(variance): how far the activations lie from 0 in units of their spread. Large values foretell latents
+        that are dead from the start, unless the mean is subtracted."""
+        return float(self.mean_D.norm()) / max(self.variance, 1e-300) ** 0.5
+
+    @property
     def covariance_DD(self) -> Tensor:
         return self.outer_DD / self.count - torch.outer(self.mean_D, self.mean_D)
 

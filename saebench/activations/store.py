@@ -34,6 +34,9 @@ class ActivationStore:
     """Activations of some sites of a model over packed text. Opening checks format, version, completeness and file sizes;
     `verify()` checks every byte."""
 
+    skip = 1  # position 0 has an outlying norm in most models
+    ordered = True
+
     def __init__(self, path: str | Path):
         """Raises UserError for a path that is no complete store of this version."""
         self.path = Path(path)

@@ -19,6 +19,9 @@ CALIBRATION_CONTEXTS = 128
 class ActivationStream:
     """The activations of `sites` over packed contexts, as float32, computed by the model each time they are fetched."""
 
+    skip = 1  # position 0 has an outlying norm in most models
+    ordered = True
+
     def __init__(self, lm: LanguageModel, contexts: Contexts, sites: Sequence[str], *, batch_size: int = 32):
         """`batch_size` counts contexts in a forward pass. Raises UserError for an unknown site."""
         self.lm, self.contexts, self.batch_size = lm, contexts, batch_size

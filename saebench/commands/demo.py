@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipeline.train(run)
     evaluation = run.evaluation("core") or pipeline.evaluate(run)
 
-    lm, site = pipeline.lm, recipe.activations.sites[0]
+    lm = pipeline.lm
     source = pipeline.source(run.path.parent)
     features = {}
     for name, path in run.dictionaries().items():
         dictionary = load_dictionary(path)
         limit = max(1, TOKENS_INDEXED // source.context_size)
-        postings = collect(dictionary, source, dictionary.config.site or site, limit)
+        postings = collect(dictionary, source, limit=limit)
         features[name] = characteristic_features(dictionary, postings, FEATURES_SHOWN)
     report = write_report(run, evaluation, features, lm.token_strings.__getitem__)
     for name, shown in features.items():

@@ -20,20 +20,21 @@ def auxk_loss(
     residual_BD: Tensor,
     W_enc_FD: Tensor,
     b_enc_F: Tensor,
-    b_dec_D: Tensor,
+    b_in_D: Tensor | None,
     W_dec_FD: Tensor,
     dead_F: Tensor,
     k_aux: int,
 ) -> Tensor:
     """||e - e_hat||^2 / ||e - mean(e)||^2 over the batch, where e_hat decodes the k_aux strongest dead latents (without b_dec).
 
-    `residual_BD` is e = x - x_hat, detached. Gradients reach encoder and decoder rows of the dead latents, and no others'.
+    `residual_BD` is e = y - y_hat, detached; b_in is what the encoder subtracts from x.
+    Gradients reach encoder and decoder rows of the dead latents, and no others'.
     0 where no latent is dead or the residual has no spread.
     """
     dead = dead_F.nonzero()[:, 0]
     if len(dead) == 0:
         return x_BD.new_zeros(())
-    codes = encode_topk(x_BD, W_enc_FD[dead], b_enc_F[dead], b_dec_D, min(k_aux, len(dead)))
+    codes = encode_topk(x_BD, W_enc_FD[dead], b_enc_F[dead], b_in_D, min(k_aux, len(dead)))
     missed = (sparse_decode(codes, W_dec_FD[dead]) - residual_BD).square().mean()
     spread = (residual_BD - residual_BD.mean(0)).square().mean()
     defined = spread > 0  # one token alone has no spread: the term is left out, gradient included

@@ -1,22 +1,26 @@
 """What every dictionary is: a configuration, parameters, `encode`, `decode`, training losses, and a directory on disk.
 
-A new architecture is a `DictionaryConfig` and a `Dictionary` in one file, joined by `@register`.
-Shape suffixes: `B` tokens, `D` d_in, `F` d_sae.
+A dictionary reads the activations of some sites, side by side in one row, and writes those of some sites: an SAE writes what it
+reads, a transcoder writes elsewhere, a crosscoder reads and writes several. A new architecture is a `DictionaryConfig` and a
+`Dictionary` in one file, joined by `@register`.
+Shape suffixes: `B` tokens, `C` contexts, `S` positions, `D` width of what is read or written, `F` d_sae.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
 from saebench.config import Config
+from saebench.dictionaries.scaling import Scaling
 from saebench.errors import UserError
 from saebench.files import check_files, read_manifest, read_tensors, replacing_directory, sha256, write_manifest, write_tensors
 
@@ -29,15 +33,33 @@ class DictionaryConfig(Config):
     """What all dictionaries have in common. Subclasses set `architecture` and add their own settings."""
 
     architecture: ClassVar[str]
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
+    """Adam's averaging constants that suit this architecture."""
+    sequential: ClassVar[bool] = False
+    """Whether it reads whole contexts [C, S, D] instead of tokens [B, D]."""
 
     d_sae: int = Field(gt=0)
     """Number of latents."""
+    site: str | tuple[str, ...] | None = None
+    """The site it reads, or several; may be left out when the activations have only one."""
+    target: str | tuple[str, ...] | None = None
+    """The site it writes, or several; default what it reads."""
     d_in: int | None = Field(default=None, gt=0)
-    """Width of the site; taken from the activations when left out."""
-    site: str | None = None
-    """The site it reads and writes; may be left out when the activations have only one."""
+    """Width of what it reads, all sites together; taken from the activations when left out."""
+    d_out: int | None = Field(default=None, gt=0)
+    """Width of what it writes, all sites together; default that of what it reads."""
+    widths_in: tuple[int, ...] | None = None
+    """Width of each site it reads; taken from the activations."""
+    widths_out: tuple[int, ...] | None = None
+    """Width of each site it writes; taken from the activations."""
     normalise: Literal["sqrt_d", "unit_ms", "none"] = "sqrt_d"
-    """Scaling of the inputs while training, folded into the weights afterwards: mean norm sqrt(d), mean squared norm 1, or none."""
+    """Scaling of each site while training, folded into the weights afterwards: mean norm sqrt(d), mean squared norm 1, or none."""
+    centre: bool = False
+    """Whether the mean of each site is subtracted while training, and folded into the biases afterwards."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of this dictionary; default that of the training."""
+    seed: int | None = None
+    """Of this dictionary's initialisation; default that of the training."""
 
     def build(self) -> Dictionary:
         """The dictionary of this configuration, with empty parameters. Raises UserError while d_in is unknown."""
@@ -45,11 +67,73 @@ class DictionaryConfig(Config):
             raise UserError("d_in is not known: give it, or train on activations that have a width")
         return DICTIONARIES[self.architecture](self)
 
-    def for_site(self, site: str, width: int) -> Self:
-        """The same with site and d_in filled in. Raises UserError where d_in was given and differs."""
-        if self.d_in is not None and self.d_in != width:
-            raise UserError(f"d_in={self.d_in} does not match site {site!r}, which is {width} wide: leave d_in out or correct it")
-        return self.model_copy(update={"d_in": width, "site": site})
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The sites it reads, in order; empty while unknown."""
+        return _as_tuple(self.site)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """The sites it writes, in order."""
+        return self.reads if self.target is None else _as_tuple(self.target)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """All sites it reads or writes, each once."""
+        return tuple(dict.fromkeys(self.reads + self.writes))
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether it writes what it reads, as an autoencoder does."""
+        return self.target is None or self.reads == self.writes
+
+    @property
+    def width_out(self) -> int:
+        """Width of what it writes. Raises UserError while unknown."""
+        width = self.d_out or (self.d_in if self.rewrites else None)
+        if width is None:
+            raise UserError("the width of what is written is not known: give d_out, or train on activations that have a width")
+        return width
+
+    @property
+    def blocks_in(self) -> tuple[int, ...]:
+        """Widths of the sites it reads; one block while they are not told apart."""
+        return self.widths_in or (self.d_in or 0,)
+
+    @property
+    def blocks_out(self) -> tuple[int, ...]:
+        """Widths of the sites it writes."""
+        return self.widths_out or (self.blocks_in if self.rewrites else (self.width_out,))
+
+    def for_sites(self, widths: Mapping[str, int]) -> Self:
+        """The same with sites and widths filled in from activations. Raises UserError for a site they lack, or another width."""
+        site = self.site
+        if site is None:
+            if len(widths) > 1:
+                raise UserError(f"no site is named and the activations have several: set site to one of {', '.join(widths)}")
+            site = next(iter(widths))
+        named = self.model_copy(update={"site": site})
+        if missing := [name for name in named.sites if name not in widths]:
+            raise UserError(f"site {missing[0]!r} is not among the activations: they hold {', '.join(widths)}")
+        widths_in, widths_out = (tuple(widths[name] for name in sites) for sites in (named.reads, named.writes))
+        for key, given, found, sites in (
+            ("d_in", self.d_in, sum(widths_in), named.reads),
+            ("d_out", self.d_out, sum(widths_out), named.writes),
+        ):
+            if given is not None and given != found:
+                one = (
+                    f"site {sites[0]!r}, which is {found} wide"
+                    if len(sites) == 1
+                    else f"the {len(sites)} sites, which are {found} wide"
+                )
+                raise UserError(f"{key}={given} does not match {one}: leave {key} out or correct it")
+        update = {"d_in": sum(widths_in), "d_out": sum(widths_out), "widths_in": widths_in, "widths_out": widths_out}
+        return named.model_copy(update=update)
+
+    @property
+    def needs_lm(self) -> bool:
+        """Whether initialising takes the model that the activations come from."""
+        return False
 
     @property
     def default_id(self) -> str:
@@ -57,14 +141,44 @@ class DictionaryConfig(Config):
         return f"{self.architecture}-{self.d_sae}"
 
 
+def _as_tuple(site: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if site is None else (site,) if isinstance(site, str) else tuple(site)
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """One step's data, normalised: what is read and what is to be written, and where in the run the step is."""
+
+    x: Tensor
+    """[B, D], or [C, S, D] for a dictionary that reads sequences."""
+    y: Tensor
+    """What is to be written; the same tensor as x for an autoencoder."""
+    dead_F: Tensor
+    """Latents that count as dead."""
+    step: int = 0
+    steps: int = 1
+    seed: int = 0
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that lies behind this step, from 0 to below 1."""
+        return self.step / self.steps
+
+    def generator(self) -> torch.Generator:
+        """Random numbers that belong to this step of this seed, on the CPU."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.step + 1) % (1 << 63))
+
+
 @dataclass
 class Losses:
-    """One training step's result: the scalar to minimise, its parts by name (detached), the codes and the squared error [B]."""
+    """One training step's result: the scalar to minimise, its parts by name (detached), and for the tokens that count the codes, the
+    squared errors [B] and the targets [B, D], from which FVU, L0 and dead latents are logged."""
 
     total: Tensor
     parts: dict[str, Tensor]
     codes: SparseCodes
     squared_error_B: Tensor
+    target_BD: Tensor
 
 
 class Dictionary(nn.Module, ABC):
@@ -77,43 +191,85 @@ class Dictionary(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, x_BD: Tensor) -> SparseCodes:
-        """Active latents of each token."""
+        """Active latents of each token. A sequential dictionary takes contexts [C, S, D] and gives the codes of C * S tokens."""
 
     @abstractmethod
     def decode(self, codes: SparseCodes) -> Tensor:
-        """Reconstruction [B, D]."""
+        """What the codes stand for: [B, D]."""
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        """Reconstruction of x: [B, D]."""
-        return self.decode(self.encode(x_BD))
+        """The reconstruction of x, or the prediction of the target from x: [B, D]."""
+        return self.reconstruct(x_BD, self.encode(x_BD))
+
+    def reconstruct(self, x_BD: Tensor, codes: SparseCodes) -> Tensor:
+        """As `forward`, from codes that are known already; differs from `decode` where something bypasses the codes."""
+        return self.decode(codes)
+
+    def encode_contexts(self, x_CSD: Tensor, skip: int = 1) -> SparseCodes:
+        """Codes of the tokens of whole contexts but the first `skip` of each: C * (S - skip) of them, row-major."""
+        return self.encode(x_CSD[:, skip:].flatten(0, 1))
+
+    def reconstruct_contexts(self, x_CSD: Tensor, skip: int = 1) -> tuple[SparseCodes, Tensor]:
+        """Codes and reconstruction of the tokens of whole contexts but the first `skip` of each, row-major."""
+        x_BD = x_CSD[:, skip:].flatten(0, 1)
+        codes = self.encode(x_BD)
+        return codes, self.reconstruct(x_BD, codes)
+
+    def depends_on(self, write: int) -> range:
+        """Which of the sites read, by number, the site written as number `write` depends on."""
+        return range(len(self.config.reads))
+
+    def write_one(self, reads: Sequence[Tensor], write: int, skip: int = 1) -> Tensor:
+        """What is written to one site, given [C, S, D] at the sites read that it depends on: tokens but the first `skip` [B, D]."""
+        _, y_hat_BD = self.reconstruct_contexts(torch.cat(list(reads), -1), skip)
+        return y_hat_BD.split(list(self.config.blocks_out), dim=1)[write]
+
+    def parts(self) -> dict[str, Dictionary]:
+        """The dictionaries that are measured one by one, by name; here the dictionary itself."""
+        return {"": self}
 
     @abstractmethod
-    def initialise(self, sample_BD: Tensor, generator: torch.Generator) -> None:
-        """Set the parameters, given a sample of (normalised) inputs."""
+    def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
+        """Set the parameters, given a (normalised) sample of what is read and of what is written, shaped as in training; `lm` is
+        the model they come from, where it is known."""
 
     @abstractmethod
-    def losses(self, x_BD: Tensor, dead_F: Tensor) -> Losses:
-        """The training objective on a batch; `dead_F` marks latents that count as dead."""
+    def losses(self, batch: TrainingBatch) -> Losses:
+        """The training objective on a batch."""
 
     @torch.no_grad()
     def project_gradients(self) -> None:
         """Adjust gradients to constraints on the parameters; called before clipping and the optimiser's step."""
 
     @torch.no_grad()
-    def constrain(self) -> None:
-        """Restore constraints on the parameters; called after the optimiser's step."""
+    def constrain(self, lr: float = 0.0) -> None:
+        """Restore constraints on the parameters; called after the optimiser's step, which had this learning rate."""
+
+    @torch.no_grad()
+    def resample(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Give dead latents a new start; returns by parameter name the rows whose optimiser moments must be forgotten."""
+        raise UserError(f"resample_every is not for architecture {self.config.architecture!r}: leave it out")
 
     @abstractmethod
-    def fold_scale(self, scale: float) -> None:
-        """Change the parameters so that raw inputs x give what scale * x gave before, in units of x."""
+    def fold(self, read: Scaling, write: Scaling) -> None:
+        """Change the parameters so that raw inputs give, in raw units, what normalised ones gave in normalised units."""
 
-    @abstractmethod
     def public_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the file format, by their public names and shapes."""
+        """The tensors of the file format by name: parameters and buffers; what is kept by rows as `NAME_FD` is `NAME` [D, F]."""
+        return {name.removesuffix("_FD"): t.T if name.endswith("_FD") else t for name, t in self.state_dict().items()}
 
-    @abstractmethod
+    @torch.no_grad()
     def load_public(self, tensors: dict[str, Tensor]) -> None:
-        """Take over tensors in the file format."""
+        """Take over tensors in the file format. Raises UserError naming one that is missing, unknown or of another shape."""
+        own = self.state_dict()
+        names = {name.removesuffix("_FD"): name for name in own}
+        for name in sorted(set(names) ^ set(tensors)):
+            raise UserError(f"tensor {name!r} is {'missing' if name in names else 'unknown'} for {self.config.architecture!r}")
+        for name, key in names.items():
+            tensor = tensors[name].T if key.endswith("_FD") else tensors[name]
+            if tensor.shape != own[key].shape:
+                raise UserError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}, which does not fit the configuration")
+            own[key].copy_(tensor)
 
     def save(self, path: str | Path) -> None:
         """Write `config.json` and `weights.safetensors` into a new directory. Raises UserError where it exists."""
@@ -167,16 +323,3 @@ def load_dictionary(path: str | Path, device: str | torch.device = "cpu") -> Dic
     dictionary.load_public(read_tensors(path / WEIGHTS, device))
     dictionary.trained_on = manifest["trained_on"]
     return dictionary.eval().requires_grad_(False)
-
-
-class KRule(DictionaryConfig):
-    """A mixin of settings for dictionaries that keep k latents."""
-
-    k: int = Field(default=32, gt=0)
-    """Latents active on each token, at most."""
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k > self.d_sae:
-            raise ValueError(f"k={self.k} exceeds d_sae={self.d_sae}: lower k or raise d_sae")
-        return self

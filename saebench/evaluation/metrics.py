@@ -22,7 +22,7 @@ NATS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl_spliced", "kl_zero",
 class Reconstruction:
     """How well x_hat stands for x, summed up batch by batch."""
 
-    d_in: int
+    width: int
     d_sae: int
     tokens: int = 0
     _sums: dict[str, Tensor] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Reconstruction:
             "fvu": fvu,
             "explained_variance": 1 - fvu,
             "explained_variance_of_residual": 1 - float(error_spread_D.sum() / spread_D.sum()),
-            "mse": float(s["error"]) / (n * self.d_in),
+            "mse": float(s["error"]) / (n * self.width),
             "cosine": float(s["cosine"]) / n,
             "l2_ratio": float(s["l2_ratio"]) / n,
             "relative_reconstruction_bias": float(s["y_square"] / s["x_y"]),
@@ -71,6 +71,12 @@ class Reconstruction:
             "dead": float((s["firings_F"] == 0).double().mean()),
             "tokens": n,
         }
+
+    def fvu_of(self, columns: slice) -> float:
+        """FVU of some of the coordinates, such as one site of several."""
+        s, n = self._sums, self.tokens
+        spread_D = s["centred_square_D"] - s["centred_D"].square() / n
+        return float(s["error_square_D"][columns].sum() / spread_D[columns].sum())
 
     @property
     def density_F(self) -> Tensor:

@@ -1,12 +1,16 @@
-"""Splice a dictionary into the model and measure: reconstruction at its site and what the model loses by it, in one pass.
+"""Splice a dictionary into the model and measure: reconstruction of what it writes and what the model loses by it, in one pass.
 
-Position 0 of each context (BOS, of outlying norm) is neither spliced nor measured.
-Shape suffixes: `C` contexts, `S` positions, `D` width of the site, `B` tokens.
+One function for all: an SAE replaces its site, a transcoder the MLP's output, Lorsa the attention's, a cross-layer transcoder all MLPs'
+at once, each from what it reads in the same running pass. Where a site is written before all that it depends on has been computed (a
+crosscoder over layers), the readings are those of the untouched model. Position 0 of each context (BOS, of outlying norm) is neither
+replaced nor measured.
+Shape suffixes: `C` contexts, `S` positions, `D` width of a site, `B` tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,78 +22,127 @@ from saebench.evaluation.metrics import FORMULAS_VERSION, Reconstruction, Splice
 from saebench.lm import Contexts, LanguageModel
 from saebench.progress import progress
 
+SKIP = 1
+Edits = dict[str, Callable[[Tensor], Tensor | None]]
+
 
 @torch.inference_mode()
 def evaluate(
     dictionary: Dictionary, lm: LanguageModel, contexts: Contexts, *, batch_size: int = 16, seed: int = 0
 ) -> dict[str, Any]:
     """Figures of a dictionary on held-out contexts: those of `Reconstruction` and `SplicedLoss`, 95 % intervals over contexts,
-    and the density of every latent.
+    and the density of every latent. Ablation replaces everything that the dictionary writes.
 
-    `batch_size` counts contexts. Raises UserError where the dictionary names no site or its width is not the site's.
+    `batch_size` counts contexts. Raises UserError where the dictionary names no site or its widths are not the sites'.
     """
-    site = dictionary.config.site
-    if site is None:
-        raise UserError("the dictionary names no site, so it cannot be spliced in: train it on activations of a site")
-    if lm.width(site) != dictionary.config.d_in:
-        raise UserError(
-            f"the dictionary is {dictionary.config.d_in} wide, site {site!r} of model {lm.name!r} is {lm.width(site)}: wrong model?"
-        )
+    config = dictionary.config
+    check_sites(dictionary, lm)
     dictionary = dictionary.to(lm.device)
-    quality = Reconstruction(lm.width(site), dictionary.config.d_sae)
+    quality = Reconstruction(sum(config.blocks_out), config.d_sae)
     loss = SplicedLoss()
-    mean_D = _mean_at(lm, contexts, site, batch_size)
+    means = _means(lm, contexts, config.writes, batch_size)
 
     with progress("evaluate", contexts.num_tokens, "tokens") as report:
         for start in range(0, len(contexts), batch_size):
             ids_CS = contexts.ids_NS[start : start + batch_size].long().to(lm.device)
             seen: dict[str, Tensor] = {}
-
-            def keep(x_CSD: Tensor, seen: dict[str, Tensor] = seen) -> None:
-                seen["x"] = x_CSD.clone()
-
-            with lm.edit({site: keep}):
+            with lm.edit({site: _keeping(seen, site) for site in config.sites}):
                 logits = {"clean": lm.logits(ids_CS)}
-            x_CSD = seen["x"]
-            x_BD = x_CSD[:, 1:].reshape(-1, dictionary.config.d_in).float()
-            codes = dictionary.encode(x_BD)
-            x_hat_BD = dictionary.decode(codes)
-            quality.update(x_BD, x_hat_BD, codes)
-            for name, new_BD in {"spliced": x_hat_BD, "zero": torch.zeros_like(x_BD), "mean": mean_D.expand_as(x_BD)}.items():
-                with lm.edit({site: _put(x_CSD, new_BD)}):
+            codes, y_hat_BD = dictionary.reconstruct_contexts(torch.cat([seen[site].float() for site in config.reads], -1), SKIP)
+            y_BD = torch.cat([seen[site][:, SKIP:].flatten(0, 1).float() for site in config.writes], -1)
+            quality.update(y_BD, y_hat_BD, codes)
+            edits = {
+                "spliced": splice(dictionary, seen),
+                "zero": {site: _filling(torch.zeros_like(mean_D)) for site, mean_D in means.items()},
+                "mean": {site: _filling(mean_D) for site, mean_D in means.items()},
+            }
+            for name, edit in edits.items():
+                with lm.edit(edit):
                     logits[name] = lm.logits(ids_CS)
-            loss.update(ids_CS[:, 2:], {name: values[:, 1:-1] for name, values in logits.items()})
+            loss.update(ids_CS[:, SKIP + 1 :], {name: values[:, SKIP:-1] for name, values in logits.items()})
             report(ids_CS.numel())
 
     W_dec = getattr(dictionary, "W_dec", None)
+    bounds = pairwise(accumulate(config.blocks_out, initial=0))
     return {
         "formulas_version": FORMULAS_VERSION,
-        "site": site,
+        "site": " + ".join(config.reads) if config.rewrites else f"{' + '.join(config.reads)} -> {' + '.join(config.writes)}",
+        "reads": list(config.reads),
+        "writes": list(config.writes),
         "spliced_positions": "all but the first of each context",
         **quality.figures(),
+        "fvu_by_site": {site: quality.fvu_of(slice(*bound)) for site, bound in zip(config.writes, bounds, strict=True)},
         **loss.figures(),
-        **({"mean_max_decoder_cosine": float(max_decoder_cosine(W_dec).mean())} if W_dec is not None else {}),
+        **({"mean_max_decoder_cosine": float(max_decoder_cosine(W_dec).mean())} if isinstance(W_dec, Tensor) else {}),
         "intervals_95": loss.intervals(seed=seed),
         "seed": seed,
         "density": quality.density_F.tolist(),
     }
 
 
-def _put(x_CSD: Tensor, new_BD: Tensor) -> Callable[[Tensor], Tensor]:
-    """A replacement of a site by new values on all positions but the first."""
-    replaced_CSD = x_CSD.clone()
-    replaced_CSD[:, 1:] = new_BD.reshape(x_CSD[:, 1:].shape).to(x_CSD.dtype)
-    return lambda _: replaced_CSD
+def check_sites(dictionary: Dictionary, lm: LanguageModel) -> None:
+    """Raises UserError where a dictionary cannot be spliced into this model."""
+    config = dictionary.config
+    if not config.reads:
+        raise UserError("the dictionary names no site, so it cannot be spliced in: train it on activations of a site")
+    for sites, widths in ((config.reads, config.blocks_in), (config.writes, config.blocks_out)):
+        if sum(lm.width(site) for site in sites) != sum(widths):
+            raise UserError(
+                f"the dictionary is {sum(widths)} wide at {' + '.join(sites)}, model {lm.name!r} is "
+                f"{sum(lm.width(site) for site in sites)}: wrong model?"
+            )
 
 
-def _mean_at(lm: LanguageModel, contexts: Contexts, site: str, batch_size: int) -> Tensor:
-    total = torch.zeros(lm.width(site), dtype=torch.float64)
+def splice(dictionary: Dictionary, clean: Mapping[str, Tensor]) -> Edits:
+    """The edits that put a dictionary in place for one forward pass, for `LanguageModel.edit`. `clean` holds what the untouched
+    model has at all sites of the dictionary, [C, S, D] each, in the order in which it computes them."""
+    config = dictionary.config
+    order = list(clean)
+    live = all(
+        order.index(config.reads[read]) <= order.index(site)
+        for write, site in enumerate(config.writes)
+        for read in dictionary.depends_on(write)
+    )
+    running: dict[str, Tensor] = {} if live else dict(clean)
+
+    def edit_of(site: str) -> Callable[[Tensor], Tensor | None]:
+        def edit(value: Tensor) -> Tensor | None:
+            if live and site in config.reads:
+                running[site] = value
+            if site not in config.writes:
+                return None
+            write = config.writes.index(site)
+            reads = [running[config.reads[read]].float() for read in dictionary.depends_on(write)]
+            return _put(value, dictionary.write_one(reads, write, SKIP))
+
+        return edit
+
+    return {site: edit_of(site) for site in config.sites}
+
+
+def _keeping(seen: dict[str, Tensor], site: str) -> Callable[[Tensor], None]:
+    def keep(value: Tensor) -> None:
+        seen[site] = value.clone()
+
+    return keep
+
+
+def _put(value_CSD: Tensor, new_BD: Tensor) -> Tensor:
+    """New values on all positions but the first."""
+    replaced_CSD = value_CSD.clone()
+    replaced_CSD[:, SKIP:] = new_BD.reshape(value_CSD[:, SKIP:].shape).to(value_CSD.dtype)
+    return replaced_CSD
+
+
+def _filling(row_D: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda value_CSD: _put(value_CSD, row_D.expand(value_CSD[:, SKIP:].shape))
+
+
+def _means(lm: LanguageModel, contexts: Contexts, sites: Sequence[str], batch_size: int) -> dict[str, Tensor]:
+    """The mean at each site over all tokens but the first of each context."""
+    totals = {site: torch.zeros(lm.width(site), dtype=torch.float64) for site in sites}
     for start in range(0, len(contexts), batch_size):
-        total += (
-            lm.read(contexts.ids_NS[start : start + batch_size], [site])[site][:, 1:]
-            .flatten(0, 1)
-            .flatten(1)
-            .sum(0, dtype=torch.float64)
-            .cpu()
-        )
-    return (total / (len(contexts) * (contexts.context_size - 1))).float().to(lm.device)
+        for site, value_CSD in lm.read(contexts.ids_NS[start : start + batch_size], list(sites)).items():
+            totals[site] += value_CSD[:, SKIP:].flatten(0, 1).sum(0, dtype=torch.float64).cpu()
+    count = len(contexts) * (contexts.context_size - SKIP)
+    return {site: (total / count).float().to(lm.device) for site, total in totals.items()}

@@ -55,11 +55,12 @@ class Postings:
 
 
 @torch.inference_mode()
-def collect(dictionary: Dictionary, source: Source, site: str, limit: int | None = None) -> Postings:
+def collect(dictionary: Dictionary, source: Source, site: str | None = None, limit: int | None = None) -> Postings:
     """Encode up to `limit` contexts of a source once, spread evenly over it, and sort the codes by latent.
 
-    Position 0 is left out. Holds all entries in memory: 12 bytes each.
+    It reads the sites it was trained on, or `site`. Position 0 is left out. Holds all entries in memory: 12 bytes each.
     """
+    sites = (site,) if site else dictionary.config.reads
     count = source.num_contexts if limit is None else min(limit, source.num_contexts)
     numbers_C = torch.arange(count) * source.num_contexts // count
     contexts = source.contexts[numbers_C]
@@ -67,8 +68,9 @@ def collect(dictionary: Dictionary, source: Source, site: str, limit: int | None
     tokens, latents, values = [], [], []
     with progress("index", contexts.num_tokens, "tokens") as report:
         for start in range(0, count, CONTEXTS_AT_ONCE):
-            x_CSD = source.fetch(numbers_C[start : start + CONTEXTS_AT_ONCE], [site])[site].decode()
-            codes = dictionary.encode(x_CSD[:, 1:].flatten(0, 1))
+            fetched = source.fetch(numbers_C[start : start + CONTEXTS_AT_ONCE], list(sites))
+            x_CSD = torch.cat([fetched[name].decode() for name in sites], -1)
+            codes = dictionary.encode_contexts(x_CSD)
             row_N, latent_N, value_N = codes.nonzero()
             context_N, position_N = row_N // (size - 1), row_N % (size - 1) + 1
             tokens.append(((start + context_N) * size + position_N).to(torch.int32))

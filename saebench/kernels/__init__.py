@@ -6,8 +6,20 @@
 `use_implementation("reference")` switches all of them, for tests and for measuring.
 """
 
+from saebench.kernels.encode_above import encode_above
+from saebench.kernels.encode_batch_topk import encode_batch_topk
 from saebench.kernels.encode_topk import encode_topk
+from saebench.kernels.entries import with_gradient
 from saebench.kernels.implementations import current_implementation, use_implementation
-from saebench.kernels.sparse_decode import sparse_decode
+from saebench.kernels.sparse_decode import gathered_dot, sparse_decode
 
-__all__ = ["encode_topk", "sparse_decode", "current_implementation", "use_implementation"]
+__all__ = [
+    "encode_topk",
+    "encode_above",
+    "encode_batch_topk",
+    "with_gradient",
+    "sparse_decode",
+    "gathered_dot",
+    "current_implementation",
+    "use_implementation",
+]

@@ -27,14 +27,18 @@ class TrainConfig(Config):
     """Share of the steps with rising learning rate."""
     decay: float = Field(default=0.2, ge=0, le=1)
     """Share of the steps, at the end, with learning rate falling linearly to zero."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's averaging constants."""
+    betas: tuple[float, float] | None = None
+    """Adam's averaging constants; default those that suit the architecture."""
     eps: float = Field(default=6.25e-10, gt=0)
     """Adam's epsilon."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; longer ones are scaled down."""
     dead_after: int | None = Field(default=None, gt=0)
     """A latent that was silent for this many tokens counts as dead; default 10 million or a tenth of the run, whichever is less."""
+    resample_every: int | None = Field(default=None, gt=0)
+    """Tokens between resamplings, which give dead latents a new start, up to the falling end of the learning rate; default never."""
+    resample_warmup: int = Field(default=200, ge=0)
+    """Steps over which the learning rate rises anew after a resampling."""
     seed: int = 0
     """Of initialisation and data order."""
     log_every: int = Field(default=50, gt=0)
@@ -67,6 +71,13 @@ class TrainConfig(Config):
         if self.lr is not None:
             return self.lr
         return LR_AT_16K * (16384 / d_sae) ** 0.5 * min(10.0, max(1.0, LONG_RUN / self.num_tokens) ** 0.3)
+
+    def resamples_after(self, step: int) -> bool:
+        """Whether dead latents get a new start after this step: never in the first warm-up or the last decay."""
+        if self.resample_every is None or not self.warmup * self.steps <= step < (1 - self.decay) * self.steps:
+            return False
+        tokens = step * self.batch_size
+        return (tokens + self.batch_size) // self.resample_every > tokens // self.resample_every
 
     def rate_at(self, step: int) -> float:
         """The factor on the learning rate at a step: linear up, constant, linear down to zero behind the last step."""

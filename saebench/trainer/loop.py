@@ -10,11 +10,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from saebench.activations import Batches, Source
+from saebench.activations import Batches, ContextBatches, Source
 from saebench.dictionaries import Dictionary, DictionaryConfig
 from saebench.errors import Interrupted, UserError
 from saebench.progress import progress, say
@@ -23,6 +24,9 @@ from saebench.trainer.config import TrainConfig
 from saebench.trainer.interrupt import stop_on_interrupt
 from saebench.trainer.logs import MetricsLog
 from saebench.trainer.member import Member
+
+if TYPE_CHECKING:
+    from saebench.lm import LanguageModel
 
 SAMPLE_TOKENS = 32768
 
@@ -33,12 +37,14 @@ def train(
     training: TrainConfig | None = None,
     *,
     out: str | Path | None = None,
+    lm: LanguageModel | None = None,
     device: str = "auto",
 ) -> Dictionary | list[Dictionary]:
     """Train one dictionary, or several side by side on the same batches; returns them in the order given, for raw activations.
 
     With `out`, metrics, checkpoints and the finished dictionaries are kept under that directory, and the same call continues
-    where an earlier one stopped, to bit-identical weights. Raises UserError for configurations that do not fit the source,
+    where an earlier one stopped, to bit-identical weights. `lm` is the model that the activations come from, for dictionaries
+    that start from its weights; a stream brings it along. Raises UserError for configurations that do not fit the source,
     for NaN in the activations, and `Interrupted` after a Ctrl-C, with a checkpoint written.
     """
     training = training or TrainConfig()
@@ -47,7 +53,10 @@ def train(
     fitted = fit_to_source(named, source)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    trained = _Run(fitted, source, training, Path(out) if out is not None else None, device).go()
+    lm = lm or getattr(source, "lm", None)
+    if lm is None and (wanting := [name for name, config in fitted.items() if config.needs_lm]):
+        raise UserError(f"dictionary {wanting[0]!r} starts from the model's weights: pass lm=..., the model of the activations")
+    trained = _Run(fitted, source, training, Path(out) if out is not None else None, lm, device).go()
     return trained[0] if single else trained
 
 
@@ -67,27 +76,38 @@ def name_dictionaries(dictionaries: Sequence[DictionaryConfig] | Mapping[str, Di
 
 
 def fit_to_source(named: dict[str, DictionaryConfig], source: Source) -> dict[str, DictionaryConfig]:
-    """Fill in site and width from the source. Raises UserError for a site that it lacks, or an ambiguous one."""
+    """Fill in sites and widths from the source. Raises UserError for a site that it lacks, or an ambiguous one, and for a
+    dictionary that reads sequences where the source has none."""
     fitted = {}
     for name, config in named.items():
-        site = config.site
-        if site is None:
-            if len(source.widths) > 1:
-                raise UserError(
-                    f"dictionary {name!r} names no site and the activations have several: set site to one of {', '.join(source.widths)}"
-                )
-            site = next(iter(source.widths))
-        source.check_sites([site])
-        fitted[name] = config.for_site(site, source.widths[site])
+        try:
+            fitted[name] = config.for_sites(source.widths)
+        except UserError as error:
+            raise UserError(f"dictionary {name!r}: {error}") from None
+        source.check_sites(list(fitted[name].sites))
+        if config.sequential and not source.ordered:
+            raise UserError(
+                f"dictionary {name!r}: {config.architecture} reads sequences and these activations are shuffled rows without an order: "
+                "harvest contexts (activations.mode store or stream)"
+            )
     return fitted
 
 
-def sample_tokens(source: Source, site: str, seed: int, count: int = SAMPLE_TOKENS) -> Tensor:
-    """Shuffled activations to initialise from: [count or fewer, D]."""
-    count = min(count, source.num_contexts * (source.context_size - 1))  # position 0 is left out
-    batches = Batches(source, [site], count, seed=seed)
+def sample_tokens(source: Source, sites: Sequence[str], seed: int, count: int = SAMPLE_TOKENS) -> dict[str, Tensor]:
+    """Shuffled activations to initialise from, by site: [count or fewer, D]."""
+    count = min(count, source.num_contexts * (source.context_size - source.skip))
+    batches = Batches(source, sites, count, seed=seed)
     try:
-        return next(batches)[site]
+        return next(batches)
+    finally:
+        batches.close()
+
+
+def sample_contexts(source: Source, sites: Sequence[str], seed: int, count: int = SAMPLE_TOKENS) -> dict[str, Tensor]:
+    """Whole contexts to initialise from, by site: [C, S, D] of about `count` tokens."""
+    batches = ContextBatches(source, sites, max(1, count // source.context_size), seed=seed)
+    try:
+        return next(batches)
     finally:
         batches.close()
 
@@ -96,10 +116,16 @@ class _Run:
     """The state of one call of `train`."""
 
     def __init__(
-        self, dictionaries: dict[str, DictionaryConfig], source: Source, training: TrainConfig, out: Path | None, device: str
+        self,
+        dictionaries: dict[str, DictionaryConfig],
+        source: Source,
+        training: TrainConfig,
+        out: Path | None,
+        lm: LanguageModel | None,
+        device: str,
     ):
-        self.dictionaries, self.source, self.training, self.out, self.device = dictionaries, source, training, out, device
-        self.sites = list(dict.fromkeys(config.site or "" for config in dictionaries.values()))
+        self.dictionaries, self.source, self.training = dictionaries, source, training
+        self.out, self.lm, self.device = out, lm, device
         self.seconds = 0.0
 
     def go(self) -> list[Dictionary]:
@@ -116,31 +142,55 @@ class _Run:
         if self.out:
             self.out.mkdir(parents=True, exist_ok=True)
             log = MetricsLog(self.out / "metrics.jsonl", metrics_bytes, list(self.training.loggers), self.out.name)
-        batches = Batches(self.source, self.sites, self.training.batch_size, seed=self.training.seed, position=step)
+        batches = self._batches(step)
         try:
             self._steps(members, batches, step, log)
         finally:
-            batches.close()
+            for drawn in batches.values():
+                drawn.close()
             if log:
                 log.close()
         return self._finish(members)
 
+    def _sites(self, sequential: bool) -> list[str]:
+        """The sites that dictionaries need, as contexts or as tokens."""
+        configs = [config for config in self.dictionaries.values() if config.sequential == sequential]
+        return list(dict.fromkeys(site for config in configs for site in config.sites))
+
     def _members(self) -> dict[str, Member]:
-        samples = {site: sample_tokens(self.source, site, self.training.seed).to(self.device) for site in self.sites}
+        samples = {}
+        for sequential, draw in ((False, sample_tokens), (True, sample_contexts)):
+            if sites := self._sites(sequential):
+                drawn = draw(self.source, sites, self.training.seed)
+                samples[sequential] = {site: x.to(self.device) for site, x in drawn.items()}
+        statistics = {site: self.source.statistics(site) for sequential in samples for site in self._sites(sequential)}
         return {
-            name: Member.create(config, self.training, samples[config.site or ""], self.source.statistics(config.site or ""))
+            name: Member.create(config, self.training, samples[config.sequential], statistics, self.lm)
             for name, config in self.dictionaries.items()
         }
 
-    def _steps(self, members: dict[str, Member], batches: Batches, first: int, log: MetricsLog | None) -> None:
+    def _batches(self, position: int) -> dict[bool, Batches | ContextBatches]:
+        """Where steps get their data: shuffled tokens (False), whole contexts (True), each where some dictionary needs it."""
+        size, seed = self.training.batch_size, self.training.seed
+        drawn: dict[bool, Batches | ContextBatches] = {}
+        if sites := self._sites(False):
+            drawn[False] = Batches(self.source, sites, size, seed=seed, position=position)
+        if sites := self._sites(True):
+            contexts = max(1, size // self.source.context_size)
+            drawn[True] = ContextBatches(self.source, sites, contexts, seed=seed, position=position)
+        return drawn
+
+    def _steps(
+        self, members: dict[str, Member], batches: dict[bool, Batches | ContextBatches], first: int, log: MetricsLog | None
+    ) -> None:
         training, size = self.training, self.training.batch_size
         started, step = time.perf_counter(), first
         watch = stop_on_interrupt() if self.out else nullcontext(None)
         with watch as stop, progress("train", training.steps * size, "tokens", first * size) as report:
             for step in range(first, training.steps):
-                batch = next(batches)
+                drawn = {kind: {site: x.to(self.device) for site, x in next(each).items()} for kind, each in batches.items()}
                 for name, member in members.items():
-                    member.step(batch[self.dictionaries[name].site or ""].to(self.device), step)
+                    member.step(drawn[self.dictionaries[name].sequential], step)
                 note = ""
                 done = step + 1
                 if done % training.log_every == 0 or done == training.steps:
@@ -158,8 +208,11 @@ class _Run:
         for name, member in members.items():
             metrics = member.read_metrics()
             if not all(map(_finite, metrics.values())):
-                raise UserError(f"training of {name!r} diverged before step {done}: lower training.lr (now {member.lr:g})")
-            lr = member.lr * self.training.rate_at(done - 1)
+                raise UserError(
+                    f"training of {name!r} diverged before step {done}: lower its learning rate "
+                    f"(training.lr or dictionaries.N.lr, now {member.lr:g})"
+                )
+            lr = member.rate_at(done - 1)
             if log:
                 log.write({"step": done, "tokens": done * self.training.batch_size, "dictionary": name, "lr": lr, **metrics})
             notes.append(f"fvu {metrics['fvu']:.3f} l0 {metrics['l0']:.1f} dead {metrics['dead']:.1%}")
@@ -176,11 +229,13 @@ class _Run:
         for name, member in members.items():
             dictionary = member.finished()
             dictionary.trained_on = {
-                "site": self.dictionaries[name].site,
+                "reads": list(dictionary.config.reads),
+                "writes": list(dictionary.config.writes),
                 "activations": self.source.identity,
                 "tokens": self.training.steps * self.training.batch_size,
-                "input_scale": member.scale,
-                "seed": self.training.seed,
+                "input_scale": float(member.read.scale_D[0]),
+                "gamma": {site: self.source.statistics(site).gamma for site in dictionary.config.reads},
+                "seed": member.seed,
             }
             if self.out:
                 path = self.out / "dictionaries" / name

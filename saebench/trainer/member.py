@@ -2,92 +2,134 @@
 
 A member does not know of other members or of files; the loop feeds it batches and reads its metrics now and then. Nothing in a step
 waits for the device on purpose: sums are kept there until `read_metrics`.
-Shape suffixes: `B` tokens, `D` d_in, `F` d_sae.
+Shape suffixes: `B` tokens, `D` width of what is read or written, `F` d_sae.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saebench.activations.statistics import SiteStatistics
-from saebench.dictionaries import Dictionary, DictionaryConfig, Losses
+from saebench.dictionaries import Dictionary, DictionaryConfig, Losses, Scaling, TrainingBatch
 from saebench.trainer.config import TrainConfig
 
 
-def input_scale(rule: str, statistics: SiteStatistics) -> float:
-    """The scalar that normalises inputs (methods.md 0.4)."""
-    if rule == "sqrt_d":
-        return math.sqrt(len(statistics.total_D)) / statistics.mean_norm
-    return 1 / math.sqrt(statistics.mean_square) if rule == "unit_ms" else 1.0
-
-
 class Member:
-    """A dictionary being trained on normalised inputs; `finished()` gives the dictionary for raw ones."""
+    """A dictionary being trained on normalised activations; `finished()` gives the dictionary for raw ones."""
 
-    def __init__(self, dictionary: Dictionary, training: TrainConfig, scale: float, mean_D: Tensor):
-        """`mean_D` is the mean of the raw activations: the reference of the logged FVU."""
-        self.dictionary, self.training, self.scale = dictionary, training, scale
-        self.lr = training.lr_for(dictionary.config.d_sae)
-        device = mean_D.device
-        self.mean_D = (mean_D * scale).float()
+    def __init__(self, dictionary: Dictionary, training: TrainConfig, read: Scaling, write: Scaling, mean_D: Tensor):
+        """`read` and `write` normalise what goes in and what is to come out; `mean_D` is the mean of the raw target: the reference
+        of the logged FVU."""
+        self.dictionary, self.training, self.read, self.write = dictionary, training, read, write
+        config, device = dictionary.config, mean_D.device
+        self.lr = config.lr or training.lr_for(config.d_sae)
+        self.seed = training.seed if config.seed is None else config.seed
+        self.mean_D = write(mean_D.float())
+        betas = training.betas or config.betas
         self.optimiser = torch.optim.Adam(
-            dictionary.parameters(), lr=self.lr, betas=training.betas, eps=training.eps, fused=device.type in ("cpu", "cuda")
+            dictionary.parameters(), lr=self.lr, betas=betas, eps=training.eps, fused=device.type in ("cpu", "cuda")
         )
-        self.silent_F = torch.zeros(dictionary.config.d_sae, dtype=torch.int64, device=device)  # tokens since it last fired
+        self.silent_F = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # tokens since it last fired
+        self._resampled_at: int | None = None
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
 
     @classmethod
     def create(
-        cls, config: DictionaryConfig, training: TrainConfig, sample_BD: Tensor, statistics: SiteStatistics | None = None
+        cls,
+        config: DictionaryConfig,
+        training: TrainConfig,
+        sample: Mapping[str, Tensor] | Tensor,
+        statistics: Mapping[str, SiteStatistics] | SiteStatistics | None = None,
+        lm: Any = None,
     ) -> Member:
-        """A freshly initialised member. `sample_BD` are raw activations to initialise from; `statistics` those of the whole
-        corpus (default: of the sample)."""
+        """A freshly initialised member. `sample` holds raw activations to initialise from, by site ([B, D], or [C, S, D] for a
+        dictionary that reads sequences); one tensor is the only site's. `statistics` are those of the whole corpus (default: of
+        the sample). `lm` is the model, where the configuration starts from it."""
+        if isinstance(sample, Tensor):
+            sample = {config.reads[0] if config.reads else "": sample}
+        config = config.for_sites({site: x.shape[-1] for site, x in sample.items()})
+        if isinstance(statistics, SiteStatistics):
+            statistics = {config.reads[0]: statistics}
         if statistics is None:
-            statistics = SiteStatistics.empty(sample_BD.shape[1])
-            statistics.update(sample_BD)
-        if config.d_in is None:
-            config = config.model_copy(update={"d_in": sample_BD.shape[1]})
+            statistics = {site: SiteStatistics.empty(x.shape[-1]) for site, x in sample.items()}
+            for site, x in sample.items():
+                statistics[site].update(x.flatten(0, -2))
         dictionary = config.build()
-        scale = input_scale(config.normalise, statistics)
-        generator = torch.Generator().manual_seed(training.seed)
-        dictionary.initialise(sample_BD.cpu().float() * scale, generator)
-        dictionary.to(sample_BD.device)
-        return cls(dictionary, training, scale, statistics.mean_D.to(sample_BD.device))
+        read, write = (
+            Scaling.measured(config.normalise, config.centre, [statistics[site] for site in sites])
+            for sites in (config.reads, config.writes)
+        )
+        x, y = join(sample, config)
+        seed = training.seed if config.seed is None else config.seed
+        x_normal = read(x.cpu().float())
+        y_normal = x_normal if y is x else write(y.cpu().float())
+        dictionary.initialise(x_normal, y_normal, torch.Generator().manual_seed(seed), lm)
+        dictionary.to(x.device)
+        mean_D = torch.cat([statistics[site].mean_D for site in config.writes]).to(x.device)
+        return cls(dictionary, training, read.to(x.device), write.to(x.device), mean_D)
 
     @property
     def dead_F(self) -> Tensor:
         """Latents that have been silent for `dead_after` tokens."""
         return self.silent_F >= self.training.dead_after_tokens
 
-    def step(self, x_BD: Tensor, step: int) -> None:
-        """One optimiser step on a batch of raw activations."""
-        x_BD = x_BD * self.scale
-        losses = self.dictionary.losses(x_BD, self.dead_F)
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step; it rises anew after dead latents were resampled."""
+        rate = self.lr * self.training.rate_at(step)
+        if self._resampled_at is not None and self.training.resample_warmup:
+            rate *= min(1.0, (step - self._resampled_at + 1) / self.training.resample_warmup)
+        return rate
+
+    def step(self, activations: Mapping[str, Tensor] | Tensor, step: int) -> None:
+        """One optimiser step on a batch of raw activations by site; one tensor is the only site's."""
+        if isinstance(activations, Tensor):
+            activations = {self.dictionary.config.reads[0]: activations}
+        x, y = join(activations, self.dictionary.config)
+        x_normal = self.read(x)
+        y_normal = x_normal if y is x else self.write(y)
+        batch = TrainingBatch(x_normal, y_normal, self.dead_F, step, self.training.steps, self.seed)
+        losses = self.dictionary.losses(batch)
         self.optimiser.zero_grad(set_to_none=True)
         losses.total.backward()
         self.dictionary.project_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.training.clip)
+        rate = self.rate_at(step)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.lr * self.training.rate_at(step)
+            group["lr"] = rate
         self.optimiser.step()
-        self.dictionary.constrain()
-        self._count(x_BD, losses, norm)
+        self.dictionary.constrain(rate)
+        self._count(losses, norm)
+        if self.training.resamples_after(step):
+            self._resample(batch)
 
     @torch.no_grad()
-    def _count(self, x_BD: Tensor, losses: Losses, norm: Tensor) -> None:
-        firings_F = losses.codes.firings()
-        self.silent_F.add_(len(x_BD)).masked_fill_(firings_F > 0, 0)
+    def _resample(self, batch: TrainingBatch) -> None:
+        """Dead latents start anew; the optimiser forgets their rows."""
+        batch = TrainingBatch(batch.x, batch.y, self.dead_F, batch.step, batch.steps, batch.seed)
+        parameters = dict(self.dictionary.named_parameters())
+        for name, rows in self.dictionary.resample(batch).items():
+            state = self.optimiser.state[parameters[name]]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state[moment][rows] = 0.0
+            self.silent_F[rows] = 0
+            self._resampled_at = batch.step + 1
+
+    @torch.no_grad()
+    def _count(self, losses: Losses, norm: Tensor) -> None:
+        firings_F, tokens = losses.codes.firings(), len(losses.codes)
+        self.silent_F.add_(tokens).masked_fill_(firings_F > 0, 0)
         news = {
             "loss": losses.total.detach(),
             **losses.parts,
-            "l0": firings_F.sum() / len(x_BD),
+            "l0": firings_F.sum() / tokens,
             "gradient_norm": norm,
             "squared_error": losses.squared_error_B.sum(),
-            "squares": (x_BD - self.mean_D).square().sum(),
+            "squares": (losses.target_BD - self.mean_D).square().sum(),
         }
         for name, value in news.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
@@ -105,9 +147,12 @@ class Member:
         tensors = {f"dictionary.{name}": t for name, t in self.dictionary.state_dict().items()}
         for index, entry in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in entry.items()}
-        tensors |= {"silent": self.silent_F, "mean": self.mean_D, "scale": torch.tensor(self.scale, dtype=torch.float64)}
+        for name, scaling in (("read", self.read), ("write", self.write)):
+            tensors |= {f"{name}.shift": scaling.shift_D, f"{name}.scale": scaling.scale_D}
+        tensors |= {"silent": self.silent_F, "mean": self.mean_D}
         tensors |= {f"sums.{name}": value for name, value in self._sums.items()}
-        return tensors | {"steps_since_log": torch.tensor(self._steps)}
+        at = -1 if self._resampled_at is None else self._resampled_at
+        return tensors | {"steps_since_log": torch.tensor(self._steps), "resampled_at": torch.tensor(at)}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -115,21 +160,33 @@ class Member:
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         self.dictionary.load_state_dict(part("dictionary."))
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in part("optimiser.").items():
-            index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
+        for name, value in part("optimiser.").items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = value
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
         self.silent_F.copy_(tensors["silent"])
         self.mean_D.copy_(tensors["mean"])
-        self.scale = float(tensors["scale"])
+        self.read = Scaling(tensors["read.shift"].clone(), tensors["read.scale"].clone())
+        self.write = Scaling(tensors["write.shift"].clone(), tensors["write.scale"].clone())
         self._sums = {name: value.clone() for name, value in part("sums.").items()}
         self._steps = int(tensors["steps_since_log"])
+        at = int(tensors["resampled_at"])
+        self._resampled_at = None if at < 0 else at
 
     @torch.no_grad()
     def finished(self) -> Dictionary:
-        """The dictionary for raw activations: constraints restored, the input scale folded into the weights."""
+        """The dictionary for raw activations: constraints restored, the normalisation folded into the weights."""
         dictionary = self.dictionary.config.build().to(self.mean_D.device)
         dictionary.load_state_dict(self.dictionary.state_dict())
         dictionary.constrain()
-        dictionary.fold_scale(self.scale)
+        dictionary.fold(self.read, self.write)
         return dictionary.eval().requires_grad_(False)
+
+
+def join(activations: Mapping[str, Tensor], config: DictionaryConfig) -> tuple[Tensor, Tensor]:
+    """What a dictionary reads and what it is to write: sites side by side, [..., D] each; one tensor for an autoencoder."""
+    beside = lambda sites: (  # noqa: E731
+        activations[sites[0]] if len(sites) == 1 else torch.cat([activations[site] for site in sites], -1)
+    )
+    x = beside(config.reads)
+    return x, x if config.rewrites else beside(config.writes)

@@ -10,6 +10,8 @@ from saebench.errors import UserError
 class Numbered:
     """A source whose every activation tells its context and position."""
 
+    skip, ordered = 1, True
+
     def __init__(self, num_contexts=23, context_size=7, bad=None):
         self.num_contexts, self.context_size, self.widths = num_contexts, context_size, {"a": 2}
         self.bad = bad
@@ -31,7 +33,7 @@ def rows(batches, count):
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch):
-    monkeypatch.setattr("saebench.activations.batches.GROUP_BYTES", 5 * 7 * 2 * 4)
+    monkeypatch.setattr("saebench.activations.batches.GROUP_TOKENS", 5 * 7)
 
 
 def test_every_token_once_an_epoch_except_the_first_of_each_context():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import saebench as sb
+from saebench.dictionaries import Scaling, TrainingBatch
 from saebench.dictionaries.auxk import auxk_loss, default_k_aux
 from saebench.dictionaries.geometry import geometric_median, project_out, scale_to_unit
 from saebench.errors import UserError
@@ -23,7 +24,8 @@ def fixture_sae(k: int):
 def random_sae(d_sae=30, d_in=7, k=4, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
     sae = sb.TopK(d_sae=d_sae, k=k, d_in=d_in, **options).build()
-    sae.initialise(torch.randn(200, d_in, generator=generator) + 3, generator)
+    x = torch.randn(200, d_in, generator=generator) + 3
+    sae.initialise(x, x, generator)
     return sae
 
 
@@ -91,7 +93,7 @@ def test_gradients_of_the_whole_loss_equal_finite_differences():
     sae.variance.fill_(1.7)
     x = torch.randn(9, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
     dead = torch.arange(12) >= 8
-    target = sae.losses(x, dead)
+    target = sae.losses(TrainingBatch(x, x, dead))
     residual = (x - sae(x)).detach()
 
     def loss(*parameters):
@@ -148,7 +150,8 @@ def test_folding_the_scale_changes_nothing_but_the_units():
     x = torch.randn(40, 7, generator=torch.Generator().manual_seed(6)) * 5 + 2
     scale = 0.37
     before, x_hat = sae.encode(scale * x), sae(scale * x) / scale
-    sae.fold_scale(scale)
+    scaling = Scaling(torch.zeros(7), torch.full((7,), scale))
+    sae.fold(scaling, scaling)
     after = sae.encode(x)
     torch.testing.assert_close(sae(x), x_hat, rtol=1e-5, atol=1e-5)
     assert torch.equal(after.indices, before.indices)

@@ -46,7 +46,7 @@ def test_clean_loss_equals_a_plain_forward_pass(tiny_lm, contexts):
 
 
 def test_a_dictionary_of_another_width_is_refused(tiny_lm, contexts):
-    with pytest.raises(UserError, match="16 wide, site .* is 32"):
+    with pytest.raises(UserError, match="16 wide at .* is 32"):
         evaluate(sb.TopK(d_sae=8, k=2, d_in=16, site=SITE).build(), tiny_lm, contexts[:2])
     with pytest.raises(UserError, match="names no site"):
         evaluate(sb.TopK(d_sae=8, k=2, d_in=32).build(), tiny_lm, contexts[:2])

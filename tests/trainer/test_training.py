@@ -16,6 +16,8 @@ from saebench.trainer import loop as loop_module
 class Planted:
     """A source of activations in memory: sums of a few of 24 directions in 12 dimensions."""
 
+    skip, ordered = 1, True
+
     def __init__(self, num_contexts=40, context_size=33, sites=("a",)):
         generator = torch.Generator().manual_seed(11)
         directions = torch.randn(24, 12, generator=generator)
@@ -159,7 +161,7 @@ def test_silent_latents_are_counted_in_tokens():
     )
     expected = torch.zeros(8, dtype=torch.int64)
     for number, batch in enumerate(x.split(10)[:8]):
-        codes = member.dictionary.encode(batch * member.scale)
+        codes = member.dictionary.encode(member.read(batch))
         fired = codes.to_dense().gt(0).any(0)
         expected = torch.where(fired, 0, expected + 10)
         member.step(batch, number)
@@ -222,7 +224,7 @@ def test_input_normalisation_has_the_stated_scale(normalise):
     source = Planted()
     x = source.x[:, 1:].flatten(0, 1)
     member = Member.create(sb.TopK(d_sae=8, k=2, normalise=normalise), TrainConfig(), x, source.statistics("a"))
-    scaled = x * member.scale
+    scaled = member.read(x)
     value = {
         "sqrt_d": scaled.norm(dim=1).mean() / 12**0.5,
         "unit_ms": scaled.square().sum(1).mean(),
@@ -232,16 +234,16 @@ def test_input_normalisation_has_the_stated_scale(normalise):
 
 
 def test_diverging_training_is_named(monkeypatch):
-    monkeypatch.setattr(loop_module, "sample_tokens", lambda *_: Planted().x[:, 1:].flatten(0, 1))
-    with pytest.raises(UserError, match=r"training of 'topk-32-k4' diverged before step 10: lower training.lr"):
+    monkeypatch.setattr(loop_module, "sample_tokens", lambda *_: {"a": Planted().x[:, 1:].flatten(0, 1)})
+    with pytest.raises(UserError, match=r"training of 'topk-32-k4' diverged before step 10: lower its learning rate"):
         sb.train(sb.TopK(d_sae=32, k=4), Planted(), TrainConfig(**SETTINGS | {"lr": 1e30}))
 
 
 def test_configurations_that_do_not_fit_the_source_are_named(tmp_path):
     two = Planted(sites=("a", "b"))
     for config, source, message in (
-        (sb.TopK(d_sae=8, k=2), two, "names no site and the activations have several"),
-        (sb.TopK(d_sae=8, k=2, site="c"), two, "no c"),
+        (sb.TopK(d_sae=8, k=2), two, "no site is named and the activations have several"),
+        (sb.TopK(d_sae=8, k=2, site="c"), two, "'c' is not among the activations"),
         (sb.TopK(d_sae=8, k=2, d_in=13), Planted(), "d_in=13 does not match site 'a', which is 12 wide"),
         ([], Planted(), "no dictionaries"),
     ):

@@ -1,0 +1,248 @@
+"""The family that shares one encoder matrix and one decoder matrix: z = (x - c b_dec) W_enc + b_enc, y_hat = f W_dec + b_dec.
+
+A member of the family is a rule that turns z into sparse f, and what that adds to the loss. Everything else is here, once: reading
+and writing any sites (autoencoder, transcoder, crosscoder), initialisation, decoder norms, AuxK, resampling, folding.
+
+With `decoder = "unit"` rows of W_dec are kept at length 1. With `"free"` they are not, and the dictionary works on the equal one whose
+latents are f_i ||d_i||: rules and penalties see W_enc and b_enc times ||d_i||, and W_dec divided by it. ||d_i|| is the sum of the
+row's norms over the sites written (methods.md T1, T11). A finished dictionary has its norms folded in.
+Shape suffixes: `B` tokens, `D` width of what is read or written, `F` d_sae.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from saebench.codes import SparseCodes
+from saebench.dictionaries.auxk import auxk_loss, default_k_aux
+from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch
+from saebench.dictionaries.geometry import geometric_median, linear_map, project_out, random_directions, scale_to_unit
+from saebench.dictionaries.scaling import Scaling
+from saebench.errors import UserError
+from saebench.kernels import sparse_decode
+
+
+class SAEConfig(DictionaryConfig):
+    """What the family's configurations have in common."""
+
+    decoder: Literal["unit", "free"] = "unit"
+    """Decoder rows of unit length, or of any length with sparsity measured on f_i ||d_i||."""
+    subtract_b_dec: bool = True
+    """Whether an autoencoder subtracts b_dec from its input; a transcoder never does."""
+    skip: bool = False
+    """Whether a linear map from input to output bypasses the latents (skip transcoder)."""
+    initial_directions: Literal["random", "active_subspace"] = "random"
+    """Where the first directions lie: anywhere, or in the subspace that holds `active_share` of the variance (methods.md T15)."""
+    active_share: float = Field(default=0.99, gt=0, le=1)
+    """Share of the variance that the active subspace holds."""
+    initial_bias: Literal["median", "mean", "zero"] = "median"
+    """Where b_dec starts: geometric median or mean of what is written, or 0."""
+    aux_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of AuxK, by which dead latents learn to reconstruct the residual; 0 leaves it out."""
+    k_aux: int | None = Field(default=None, gt=0)
+    """Dead latents that AuxK uses on each token; default the power of two nearest half the width."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Encoder and decoder as the rules see them; `norm_F` is what they were scaled by, None for 1."""
+
+    W_enc_FD: Tensor
+    b_enc_F: Tensor
+    W_dec_FD: Tensor
+    norm_F: Tensor | None = None
+
+
+@dataclass
+class Fit:
+    """What a rule made of a batch: codes, error y_hat - y, the loss in units of the summed squared error per token, and its parts."""
+
+    codes: SparseCodes
+    error_BD: Tensor
+    loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+class SparseAutoencoder(Dictionary):
+    """One encoder matrix, one decoder matrix, and a rule for what stays active."""
+
+    config: SAEConfig
+
+    def __init__(self, config: SAEConfig):
+        super().__init__(config)
+        d_in, d_out, d_sae = config.d_in, config.width_out, config.d_sae
+        assert d_in is not None
+        self.W_enc_FD = nn.Parameter(torch.zeros(d_sae, d_in))  # by rows: the kernels gather and sum rows
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        if config.skip:
+            self.W_skip = nn.Parameter(torch.zeros(d_in, d_out))
+        self.register_buffer("variance", torch.ones(()))  # of the target per coordinate: makes the loss scale-free
+        self.variance: Tensor
+        self.k_aux = config.k_aux or default_k_aux(d_out)
+        self.folded = False
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[d_in, d_sae]"""
+        return self.W_enc_FD.T
+
+    @property
+    def b_in(self) -> Tensor | None:
+        """What is subtracted from the input, if anything: [D]."""
+        return self.b_dec if self.config.subtract_b_dec and self.config.rewrites else None
+
+    def weights(self) -> Weights:
+        """Encoder and decoder for latents in units of what they write."""
+        if self.config.decoder == "unit" or self.folded:
+            return Weights(self.W_enc_FD, self.b_enc, self.W_dec)
+        norm_F = block_norms(self.W_dec, self.config.blocks_out).clamp_min(1e-8)
+        return Weights(self.W_enc_FD * norm_F[:, None], self.b_enc * norm_F, self.W_dec / norm_F[:, None], norm_F)
+
+    # --- what a member of the family defines ---
+
+    @abstractmethod
+    def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
+        """The active latents of each token by this rule, differentiable."""
+
+    def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
+        """The rule's training objective; here the squared error alone."""
+        codes = self.select(batch.x, weights)
+        error_BD = self.write(codes, weights, batch.x) - batch.y
+        return Fit(codes, error_BD, error_BD.square().sum(1).mean())
+
+    def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
+        """Initialise what the rule has besides matrices and biases, given a normalised sample."""
+
+    @torch.no_grad()
+    def scale_biases(self, factor: Tensor | float) -> None:
+        """Latents are about to be multiplied by a positive factor, a number or one each [F]: take biases and thresholds along. Rules
+        with some of their own extend this."""
+        self.b_enc *= factor
+
+    @torch.no_grad()
+    def shift_scores(self, delta_F: Tensor) -> None:
+        """Add a constant to every latent's pre-activation. Rules with biases of their own extend this."""
+        self.b_enc += delta_F
+
+    # --- the same for all ---
+
+    def encode(self, x_BD: Tensor) -> SparseCodes:
+        return self.select(x_BD, self.weights())
+
+    def decode(self, codes: SparseCodes) -> Tensor:
+        return sparse_decode(codes, self.weights().W_dec_FD) + self.b_dec
+
+    def reconstruct(self, x_BD: Tensor, codes: SparseCodes) -> Tensor:
+        return self.write(codes, self.weights(), x_BD)
+
+    def write(self, codes: SparseCodes, weights: Weights, x_BD: Tensor) -> Tensor:
+        """What the codes, and the bypass if there is one, say of the target: [B, D]."""
+        y_hat_BD = sparse_decode(codes, weights.W_dec_FD) + self.b_dec
+        return y_hat_BD + x_BD @ self.W_skip if self.config.skip else y_hat_BD
+
+    def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
+        """Decoder directions random, or in the active subspace; an autoencoder's encoder is tied to them, a transcoder has random
+        encoder directions and writes what the best linear map makes of them."""
+        config = self.config
+        share = config.active_share if config.initial_directions == "active_subspace" else None
+        with torch.no_grad():
+            self.variance.copy_((y - y.mean(0)).square().mean())
+            self.b_dec.copy_(
+                {"median": geometric_median, "mean": lambda v: v.mean(0), "zero": lambda _: 0.0}[config.initial_bias](y)
+            )
+            self.b_enc.zero_()
+            self.W_enc_FD.copy_(random_directions(len(self.W_enc_FD), x, generator, share))
+            if config.rewrites:
+                self.W_dec.copy_(self.W_enc_FD)
+            else:
+                self.W_dec.copy_(self.W_enc_FD @ linear_map(x, y))
+                self.b_enc.copy_(-self.W_enc_FD @ x.mean(0))
+            scale_to_unit(self.W_dec)
+            self.set_thresholds(x, y)
+
+    def losses(self, batch: TrainingBatch) -> Losses:
+        """(squared error + the rule's penalties) / (width * variance) + aux_coefficient * AuxK."""
+        weights = self.weights()
+        fit = self.objective(batch, weights)
+        squared_error_B = fit.error_BD.detach().square().sum(1)
+        scale = batch.y.shape[1] * self.variance
+        parts = {"reconstruction": squared_error_B.mean() / scale, **fit.parts}
+        total = fit.loss / scale
+        if self.config.aux_coefficient:
+            residual_BD = -fit.error_BD.detach()
+            aux = auxk_loss(
+                batch.x, residual_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, weights.W_dec_FD, batch.dead_F, self.k_aux
+            )
+            total = total + self.config.aux_coefficient * aux
+            parts["auxk"] = aux.detach()
+        return Losses(total, parts, fit.codes, squared_error_B, batch.y)
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        if self.config.decoder == "unit" and self.W_dec.grad is not None:
+            project_out(self.W_dec.grad, self.W_dec)
+
+    @torch.no_grad()
+    def constrain(self, lr: float = 0.0) -> None:
+        if self.config.decoder == "unit":
+            scale_to_unit(self.W_dec)
+
+    @torch.no_grad()
+    def resample(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """Dead latents take the direction of inputs drawn with probability proportional to their squared loss squared, an encoder
+        of a fifth of the living ones' length, and no bias (methods.md 0.6)."""
+        if not self.config.rewrites:
+            raise UserError("resample_every is for autoencoders: a transcoder revives latents by aux_coefficient")
+        dead = batch.dead_F.nonzero()[:, 0].cpu()
+        if len(dead) == 0 or len(dead) == len(batch.dead_F):
+            return {}
+        loss_B = (self(batch.x) - batch.x).square().sum(1).double().cpu()
+        drawn = torch.multinomial(loss_B.square(), len(dead), replacement=len(dead) > len(loss_B), generator=batch.generator())
+        u_ND = batch.x[drawn] - (self.b_in if self.b_in is not None else 0.0)
+        u_ND = u_ND / u_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self.W_enc_FD[dead] = 0.2 * self.W_enc_FD[~batch.dead_F].norm(dim=1).mean() * u_ND
+        self.W_dec[dead] = u_ND
+        self.b_enc[dead] = 0.0
+        return {"W_enc_FD": dead, "W_dec": dead, "b_enc": dead}
+
+    @torch.no_grad()
+    def fold(self, read: Scaling, write: Scaling) -> None:
+        """Norms of a free decoder go into the latents; then shifts go into biases and scales into matrices. Where all sites have
+        one scale, decoder rows keep their length and the latents take on the units of what is written."""
+        weights = self.weights()
+        if weights.norm_F is not None:
+            self.scale_biases(weights.norm_F)
+            self.W_enc_FD *= weights.norm_F[:, None]
+            self.W_dec /= weights.norm_F[:, None]
+        offset_D = read.shift_D * read.scale_D
+        if self.config.skip:
+            self.b_dec -= offset_D @ self.W_skip
+            self.W_skip *= read.scale_D[:, None] / write.scale_D
+        if self.b_in is None:
+            self.shift_scores(-self.W_enc_FD @ offset_D)
+        out = write.uniform or float(write.scale_D.log().mean().exp())
+        self.scale_biases(1 / out)
+        self.W_enc_FD *= read.scale_D / out  # factors of exactly 1 for an autoencoder of one site
+        self.W_dec *= out / write.scale_D
+        self.b_dec /= write.scale_D
+        self.b_dec += write.shift_D
+        self.variance /= out**2
+        self.folded = True
+
+    @torch.no_grad()
+    def load_public(self, tensors: dict[str, Tensor]) -> None:
+        super().load_public(tensors)
+        self.folded = True
+
+
+def block_norms(W_dec_FD: Tensor, widths: tuple[int, ...]) -> Tensor:
+    """The length of every row, summed over the blocks of columns that belong to different sites: [F]."""
+    return torch.stack([block.norm(dim=1) for block in W_dec_FD.split(list(widths), dim=1)]).sum(0)
