@@ -5,9 +5,11 @@ name, [model], [text], [activations], [[dictionaries]], [training], [evaluation]
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import re
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +86,8 @@ class Recipe(Config):
 
     name: str = Field(pattern=NAME)
     """Name of the run; its directory is runs/NAME unless --out says otherwise."""
+    modules: list[str] = []
+    """Python files, or modules by name, that define architectures of your own."""
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
     activations: ActivationsConfig
@@ -94,6 +98,8 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _dictionaries_parse(self) -> Self:
+        for module in self.modules:
+            import_module(module)
         for name, config in self.dictionary_configs().items():
             for site in config.sites:
                 if site not in self.activations.sites:
@@ -120,6 +126,24 @@ class Recipe(Config):
         if taken := [name for name in named if name in given]:
             raise UserError(f"two dictionaries are called {taken[0]!r}: give each an id of its own")
         return {**given, **named}
+
+
+def import_module(name: str) -> None:
+    """Run a Python file, once, or import a module, so that what it registers is known. Raises UserError where that fails."""
+    path = Path(name)
+    try:
+        if path.suffix != ".py":
+            importlib.import_module(name)
+        elif str(path.resolve()) not in sys.modules:
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            assert spec and spec.loader
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            sys.modules[str(path.resolve())] = module
+    except UserError:
+        raise
+    except Exception as error:  # whatever a person's own file does wrong
+        raise UserError(f"module {name!r} cannot be imported ({type(error).__name__}: {error}): correct modules") from error
 
 
 def load_recipe(name: str | Path, settings: Sequence[str] = ()) -> Recipe:

@@ -74,6 +74,7 @@ def evaluate(
         "fvu_by_site": {site: quality.fvu_of(slice(*bound)) for site, bound in zip(config.writes, bounds, strict=True)},
         **loss.figures(),
         **({"mean_max_decoder_cosine": float(max_decoder_cosine(W_dec).mean())} if isinstance(W_dec, Tensor) else {}),
+        "gamma": dictionary.trained_on.get("gamma", {}),
         "intervals_95": loss.intervals(seed=seed),
         "seed": seed,
         "density": quality.density_F.tolist(),

@@ -28,6 +28,7 @@ FIGURES = (
     ("cosine", "cosine", ".4f", "mean cosine of activation and reconstruction"),
     ("relative_reconstruction_bias", "bias gamma", ".4f", "1 is unbiased, less is shrinkage"),
 )
+RARE, MANY_DEAD = 1e-5, 0.1
 STYLE = """
 :root { color-scheme: light dark; --line: rgba(128,128,128,.3); --soft: rgba(128,128,128,.1); --dim: #7a7a7a; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
@@ -57,6 +58,7 @@ def write_report(
     for name, figures in evaluation.items():
         sections.append(f"<h2>{html.escape(name)} at {html.escape(figures['site'])}</h2>")
         sections.append(_figures(figures))
+        sections.append(f'<p class="dim">{html.escape(health(figures))}</p>')
         sections.append(_plot(density_histogram(figures["density"], figures["tokens"])))
         if shown := features.get(name):
             sections.append(f"<h2>{len(shown)} characteristic features</h2>")
@@ -89,6 +91,19 @@ def _figures(figures: Mapping[str, Any]) -> str:
         interval = f"<small>95 %: {intervals[key][0]:{form}} to {intervals[key][1]:{form}}</small>" if key in intervals else ""
         boxes.append(f'<div class="figure">{heading}<b>{figures[key]:{form}}</b><small>{meaning}</small>{interval}</div>')
     return f'<div class="figures">{"".join(boxes)}</div>'
+
+
+def health(figures: Mapping[str, Any]) -> str:
+    """Dead latents and gamma = ||mean|| / spread of what is read, in words, with what helps."""
+    density = figures["density"]
+    dead, rare = sum(d == 0 for d in density), sum(0 < d < RARE for d in density)
+    text = f"{dead:,} of {len(density):,} latents never fired on {figures['tokens']:,} held-out tokens, {rare:,} on fewer than one in {1 / RARE:,.0f}."
+    if gammas := figures.get("gamma"):
+        text += f" gamma = ||mean|| / spread of the activations: {', '.join(f'{site} {gamma:.2f}' for site, gamma in gammas.items())}."
+        if dead > MANY_DEAD * len(density):
+            cure = "centre = true" if max(gammas.values()) > 1 else 'initial_directions = "active_subspace", or aux_coefficient above 0'
+            text += f" Many are dead: try {cure} in the recipe."
+    return text
 
 
 def _card(feature: Feature, text_of: Callable[[int], str]) -> str:

@@ -9,7 +9,7 @@ from plotly.offline import get_plotlyjs
 
 from saebench.features import Example, Feature
 from saebench.figures.plots import density_histogram, training_curves
-from saebench.figures.report import FIGURES, write_report
+from saebench.figures.report import FIGURES, health, write_report
 from saebench.figures.tokens import headline, html_line, terminal_line, visible
 from saebench.runs import Run
 
@@ -177,3 +177,12 @@ def test_the_density_histogram_counts_every_latent():
         (near,) = [x for x in counted if abs(x - value) <= half + 0.01]
         assert counted[near] == count
     assert sum(density_histogram([0.0, 0.0], 10).data[0].y) == 0
+
+
+def test_health_tells_the_dead_and_what_helps():
+    figures = {"density": [0.0, 0.0, 5e-6, 0.1], "tokens": 1_000_000, "gamma": {"a": 3.0}}
+    text = health(figures)
+    assert text.startswith("2 of 4 latents never fired on 1,000,000 held-out tokens, 1 on fewer than one in 100,000.")
+    assert "a 3.00" in text and "centre = true" in text
+    assert "active_subspace" in health({**figures, "gamma": {"a": 0.2}})
+    assert "Many" not in health({**figures, "density": [0.1] * 4})
