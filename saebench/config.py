@@ -62,3 +62,18 @@ def explain(cls: type[BaseModel], error: ValidationError) -> UserError:
     if problem["type"] == "value_error":
         return UserError(f"{message}{f' (key {key})' if key else ''}")
     return ConfigError(key, after=f"={problem['input']!r}: {message[0].lower()}{message[1:]}")
+
+
+def first_difference(a: Any, b: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two configurations differ, with both values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in dict.fromkeys([*a, *b]):
+            if found := first_difference(a.get(name), b.get(name), f"{key}.{name}" if key else name):
+                return found
+        return None
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            if found := first_difference(x, y, f"{key}.{number}"):
+                return found
+        return None
+    return None if a == b else (key, a, b)

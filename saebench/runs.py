@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from saebench.config import first_difference
 from saebench.errors import UserError
 from saebench.files import read_json, write_json
 
@@ -142,18 +143,3 @@ def _is_foreign(path: Path, recipe: dict[str, Any]) -> bool:
     """Whether something in a directory without run.json is neither a leftover of writing that nor the recipe's own store."""
     store = recipe.get("activations", {}).get("path")
     return path.name != f".{RUN}.partial" and not (store and Path(store).resolve().is_relative_to(path.resolve()))
-
-
-def first_difference(a: Any, b: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key in which two configurations differ, with both values."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in dict.fromkeys([*a, *b]):
-            if found := first_difference(a.get(name), b.get(name), f"{key}.{name}" if key else name):
-                return found
-        return None
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            if found := first_difference(x, y, f"{key}.{number}"):
-                return found
-        return None
-    return None if a == b else (key, a, b)

@@ -15,8 +15,8 @@ from saebench.errors import UserError
 from saebench.files import check_files, read_manifest, read_tensors, replacing_directory, sha256, write_manifest, write_tensors
 from saebench.progress import say
 
-FORMAT, VERSION = "saebench-checkpoint", 1
-FIELDS = {"step", "position", "metrics_bytes", "seconds"}
+FORMAT, VERSION = "saebench-checkpoint", 2
+FIELDS = {"step", "position", "metrics_bytes", "seconds", "settings"}
 KEPT = 2
 
 

@@ -10,12 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from saebench.activations import Batches, ContextBatches, Source
+from saebench.config import first_difference
 from saebench.dictionaries import Dictionary, DictionaryConfig
 from saebench.errors import Interrupted, UserError
 from saebench.progress import progress, say
@@ -50,10 +51,10 @@ def train(
     training = training or TrainConfig()
     single = isinstance(dictionaries, DictionaryConfig)
     named = name_dictionaries([dictionaries] if isinstance(dictionaries, DictionaryConfig) else dictionaries)
-    fitted = fit_to_source(named, source)
+    lm = lm or getattr(source, "lm", None)
+    fitted = fit_to_source(named, source, lm)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    lm = lm or getattr(source, "lm", None)
     if lm is None and (wanting := [name for name, config in fitted.items() if config.needs_lm]):
         raise UserError(f"dictionary {wanting[0]!r} starts from the model's weights: pass lm=..., the model of the activations")
     trained = _Run(fitted, source, training, Path(out) if out is not None else None, lm, device).go()
@@ -75,13 +76,16 @@ def name_dictionaries(dictionaries: Sequence[DictionaryConfig] | Mapping[str, Di
     return named
 
 
-def fit_to_source(named: dict[str, DictionaryConfig], source: Source) -> dict[str, DictionaryConfig]:
-    """Fill in sites and widths from the source. Raises UserError for a site that it lacks, or an ambiguous one, and for a
-    dictionary that reads sequences where the source has none."""
+def fit_to_source(
+    named: dict[str, DictionaryConfig], source: Source, lm: LanguageModel | None = None
+) -> dict[str, DictionaryConfig]:
+    """Fill in sites and widths from the source, and what depends on the model where it is known. Raises UserError for a site that the
+    source lacks, or an ambiguous one, and for a dictionary that reads sequences where the source has none."""
     fitted = {}
     for name, config in named.items():
         try:
             fitted[name] = config.for_sites(source.widths)
+            fitted[name] = fitted[name] if lm is None else fitted[name].for_lm(lm)
         except UserError as error:
             raise UserError(f"dictionary {name!r}: {error}") from None
         source.check_sites(list(fitted[name].sites))
@@ -130,6 +134,11 @@ class _Run:
 
     def go(self) -> list[Dictionary]:
         found = read_checkpoint(self.out / "checkpoint") if self.out else None
+        if found and (difference := first_difference(found[1]["settings"], self._settings())):
+            key, there, here = difference
+            raise UserError(
+                f"{self.out} holds a training with other settings ({key}: {there!r} there, {here!r} here): use another out, or remove it"
+            )
         members = self._members()
         step, metrics_bytes = 0, 0
         if found:
@@ -151,6 +160,18 @@ class _Run:
             if log:
                 log.close()
         return self._finish(members)
+
+    def _settings(self) -> dict[str, Any]:
+        """What a checkpoint must share with the run that goes on from it."""
+        dictionaries = {
+            name: {"architecture": config.architecture, **config.model_dump(mode="json")}
+            for name, config in self.dictionaries.items()
+        }
+        return {
+            "dictionaries": dictionaries,
+            "training": self.training.model_dump(mode="json"),
+            "activations": self.source.identity,
+        }
 
     def _sites(self, sequential: bool) -> list[str]:
         """The sites that dictionaries need, as contexts or as tokens."""
@@ -221,7 +242,8 @@ class _Run:
     def _checkpoint(self, members: dict[str, Member], step: int, log: MetricsLog | None, seconds: float) -> None:
         assert self.out and log
         states = {name: member.state() for name, member in members.items()}
-        saved = {"step": step, "position": step, "metrics_bytes": log.size, "seconds": self.seconds + seconds}
+        saved: dict[str, Any] = {"step": step, "position": step, "metrics_bytes": log.size, "seconds": self.seconds + seconds}
+        saved["settings"] = self._settings()
         write_checkpoint(self.out / "checkpoint", states, saved)
 
     def _finish(self, members: dict[str, Member]) -> list[Dictionary]:

@@ -53,6 +53,7 @@ class Member:
         if isinstance(sample, Tensor):
             sample = {config.reads[0] if config.reads else "": sample}
         config = config.for_sites({site: x.shape[-1] for site, x in sample.items()})
+        config = config if lm is None else config.for_lm(lm)
         if isinstance(statistics, SiteStatistics):
             statistics = {config.reads[0]: statistics}
         if statistics is None:
@@ -68,6 +69,7 @@ class Member:
         seed = training.seed if config.seed is None else config.seed
         x_normal = read(x.cpu().float())
         y_normal = x_normal if y is x else write(y.cpu().float())
+        dictionary.scalings = (read, write)
         dictionary.initialise(x_normal, y_normal, torch.Generator().manual_seed(seed), lm)
         dictionary.to(x.device)
         mean_D = torch.cat([statistics[site].mean_D for site in config.writes]).to(x.device)

@@ -132,6 +132,23 @@ def test_a_crash_inside_a_checkpoint_write_loses_only_that_checkpoint(tmp_path, 
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_another_run_does_not_touch_a_checkpoint(tmp_path):
+    source, training = Planted(), TrainConfig(**SETTINGS)
+    sb.train({"sae": sb.TopK(d_sae=32, k=4)}, source, training, out=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = Planted()
+    other.identity = "other"
+    for configs, activations, settings, message in (
+        ({"sae": sb.TopK(d_sae=64, k=4)}, source, training, r"dictionaries\.sae\.d_sae: 32 there, 64 here"),
+        ({"mine": sb.TopK(d_sae=32, k=4)}, source, training, r"dictionaries\.sae"),
+        ({"sae": sb.TopK(d_sae=32, k=4)}, source, TrainConfig(**SETTINGS | {"lr": 1}), r"training\.lr: 0\.005 there, 1\.0 here"),
+        ({"sae": sb.TopK(d_sae=32, k=4)}, other, training, "activations: 'planted' there, 'other' here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sb.train(configs, activations, settings, out=tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     source, config, training = Planted(), {"sae": sb.TopK(d_sae=32, k=4)}, TrainConfig(**SETTINGS)
     sb.train(config, source, training, out=tmp_path)
