@@ -18,9 +18,11 @@ import torch
 
 from saebench.activations import ActivationStore, ActivationStream, Source, harvest
 from saebench.activations.store import FIELDS, FORMAT, VERSION
-from saebench.dictionaries import load_dictionary
+from saebench.dictionaries import Dictionary, load_dictionary
 from saebench.errors import UserError
 from saebench.evaluation import evaluate
+from saebench.features import Feature, characteristic_features, collect
+from saebench.figures.report import write_report
 from saebench.files import MANIFEST, identity, read_manifest
 from saebench.lm import Contexts, LanguageModel, load_lm, load_text, pack
 from saebench.progress import say
@@ -30,6 +32,7 @@ from saebench.trainer import train
 from saebench.trainer.loop import fit_to_source
 
 SUITES = ("core",)
+TOKENS_INDEXED = 262_144  # that the features of a report are drawn from
 
 
 @dataclass
@@ -115,15 +118,16 @@ class Pipeline:
         return ActivationStream(self.lm, self.contexts[0], activations.sites, batch_size=activations.batch_size)
 
     def _given_store(self) -> ActivationStore | None:
-        """The finished store that `activations.path` names, checked against the recipe's model and sites; None where there is
-        none yet, or one that a stopped harvest left."""
+        """The finished store that `activations.path` names; None where there is none yet, or one that a stopped harvest left."""
         activations = self.recipe.activations
-        if activations.path is None or activations.mode != "store" or not (Path(activations.path) / MANIFEST).exists():
+        return self._kept_store(Path(activations.path)) if activations.path is not None and activations.mode == "store" else None
+
+    def _kept_store(self, path: Path) -> ActivationStore | None:
+        """The finished store in a directory, checked against the recipe's model and sites, if there is one."""
+        if not (path / MANIFEST).exists() or not read_manifest(path, FORMAT, VERSION, FIELDS)["complete"]:
             return None
-        if not read_manifest(Path(activations.path), FORMAT, VERSION, FIELDS)["complete"]:
-            return None
-        store = ActivationStore(activations.path)
-        store.check_sites(activations.sites)
+        store = ActivationStore(path)
+        store.check_sites(self.recipe.activations.sites)
         if store.config["model_fingerprint"] != self.lm.fingerprint:
             raise UserError(
                 f"{store.path} holds activations of model {store.config['model']!r} ({store.config['model_fingerprint']}), the recipe "
@@ -175,11 +179,27 @@ class Pipeline:
         held_out = self.contexts[1]
         results = {}
         with timed(run, "evaluation"):
-            for name, path in paths.items():
+            for name, dictionary in parts(paths):
                 say(f"evaluating {name} on {held_out.num_tokens:,} held-out tokens")
-                results[name] = evaluate(load_dictionary(path), self.lm, held_out, batch_size=self.recipe.evaluation.batch_size)
+                results[name] = evaluate(dictionary, self.lm, held_out, batch_size=self.recipe.evaluation.batch_size)
         run.write_evaluation(suite, results)
         return results
+
+    def report(self, run: Run, evaluation: dict[str, Any], count: int = 12) -> tuple[Path, dict[str, list[Feature]]]:
+        """Write the run's report.html with `count` characteristic features of each dictionary; returns its path and the features."""
+        source = self._opened or self._kept_store(self.store_path(run.path.parent)) or self.stream()
+        features = {}
+        for name, dictionary in parts(run.dictionaries()):
+            postings = collect(dictionary, source, limit=max(1, TOKENS_INDEXED // source.context_size))
+            features[name] = characteristic_features(dictionary, postings, count)
+        return write_report(run, evaluation, features, self.lm.token_strings.__getitem__), features
+
+
+def parts(paths: dict[str, Path]) -> Iterator[tuple[str, Dictionary]]:
+    """The dictionaries that are measured and shown, by name: ID, or ID@PART for those that stand for several."""
+    for name, path in paths.items():
+        for part, dictionary in load_dictionary(path).parts().items():
+            yield f"{name}@{part}" if part else name, dictionary
 
 
 @contextmanager

@@ -9,9 +9,6 @@ from typing import Any
 
 from saebench.commands.options import setting_argument
 
-FEATURES_SHOWN = 12
-TOKENS_INDEXED = 262_144
-
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     setting_argument(parser)
@@ -20,10 +17,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from saebench.dictionaries import load_dictionary
     from saebench.evaluation import describe
-    from saebench.features import characteristic_features, collect
-    from saebench.figures.report import write_report
     from saebench.pipeline import Pipeline
     from saebench.progress import say
     from saebench.recipes import load_recipe
@@ -37,17 +31,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipeline.train(run)
     evaluation = run.evaluation("core") or pipeline.evaluate(run)
 
-    lm = pipeline.lm
-    source = pipeline.source(run.path.parent)
-    features = {}
-    for name, path in run.dictionaries().items():
-        dictionary = load_dictionary(path)
-        limit = max(1, TOKENS_INDEXED // source.context_size)
-        postings = collect(dictionary, source, limit=limit)
-        features[name] = characteristic_features(dictionary, postings, FEATURES_SHOWN)
-    report = write_report(run, evaluation, features, lm.token_strings.__getitem__)
+    report, features = pipeline.report(run, evaluation)
     for name, shown in features.items():
-        _show(name, shown, lm.token_strings.__getitem__)
+        _show(name, shown, pipeline.lm.token_strings.__getitem__)
         say(f"{name}: {describe(evaluation[name])}")
     say(f"run: {run.path}   report: {report}   {time.perf_counter() - started:.0f} s")
     slim = {

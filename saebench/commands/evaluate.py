@@ -1,4 +1,4 @@
-"""`saebench evaluate RUN`: measure every dictionary of a run on held-out text."""
+"""`saebench evaluate RUN`: measure every dictionary of a run on held-out text, and write its report."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.tokens < 1:
             raise UserError(f"--tokens {args.tokens} must be positive")
         values["evaluation"] = {**values["evaluation"], "num_tokens": args.tokens}
-    results = Pipeline(Recipe.parse(values)).evaluate(run, args.suite)
+    pipeline = Pipeline(Recipe.parse(values))
+    results = pipeline.evaluate(run, args.suite)
     for name, figures in results.items():
         say(f"{name}: {describe(figures)}")
+    report, _ = pipeline.report(run, results)
+    say(f"report: {report}")
     slim = {name: {key: value for key, value in figures.items() if key != "density"} for name, figures in results.items()}
     return {
         "run": str(args.run),
         "suite": args.suite,
         "written": str(args.run / "evals" / f"{args.suite}.json"),
+        "report": str(report),
         "dictionaries": slim,
     }
