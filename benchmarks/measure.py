@@ -18,25 +18,33 @@ SPEED_STEPS = 2000  # what the peers' schedules are told in a speed run; only a 
 def measure_quality(
     peer: Peer, shape: Shape, *, steps: int, seed: int, lr: float | None, threads: int, say: Callable[[str], None]
 ) -> dict:
-    """Train one peer alone.
+    """Train one peer alone, in a process of its own; what is returned is what `train_and_measure` returns."""
+    with _workers([peer], threads) as (worker,):
+        result = train_and_measure(worker, shape, steps=steps, seed=seed, lr=lr, threads=threads)
+        say(f"quality {peer.name} seed {seed}: {result['error'] or rounded(result['points'][-1])}")
+        return result
+
+
+def train_and_measure(
+    worker: WorkerProcess, shape: Shape, *, n_points: int = QUALITY_POINTS, l0: float | None = None, steps: int, **job: object
+) -> dict:
+    """Train with a live worker. `job` are the other fields of the workers' Job; `l0` goes to the last measurement.
 
     Returns:
-        `points`: step, fvu, l0, dead, recovered and cpu_seconds so far, from before the first step to the last;
+        `points`: step, fvu, l0, dead, recovered, cosine and cpu_seconds so far, from before the first step to the last;
         `versions` and `error`.
     """
-    with _workers([peer], threads) as (worker,):
-        start = worker.ask("init", shape=asdict(shape), steps=steps, seed=seed, lr=lr, threads=threads)
-        points, cpu_seconds = [], 0.0
-        for point in range(QUALITY_POINTS + 1):
-            n = steps * point // QUALITY_POINTS - steps * max(point - 1, 0) // QUALITY_POINTS
-            stepped = worker.ask("step", n=n)
-            quality = worker.ask("quality")
-            if worker.error is not None:
-                break
-            cpu_seconds += sum(stepped["cpu_seconds"])
-            points.append(quality | {"cpu_seconds": cpu_seconds})
-        say(f"quality {peer.name} seed {seed}: {worker.error or {name: round(x, 3) for name, x in points[-1].items()}}")
-        return {"points": points, "versions": start and start["versions"], "error": worker.error}
+    start = worker.ask("init", shape=asdict(shape), steps=steps, **job)
+    points, cpu_seconds = [], 0.0
+    for point in range(n_points + 1):
+        n = steps * point // n_points - steps * max(point - 1, 0) // n_points
+        stepped = worker.ask("step", n=n)
+        quality = worker.ask("quality", l0=l0 if point == n_points else None)
+        if worker.error is not None:
+            break
+        cpu_seconds += sum(stepped["cpu_seconds"])
+        points.append(quality | {"cpu_seconds": cpu_seconds})
+    return {"points": points, "versions": start and start["versions"], "error": worker.error}
 
 
 def measure_speed(
@@ -86,3 +94,7 @@ def _workers(peers: list[Peer], threads: int) -> Iterator[list[WorkerProcess]]:
 
 def _latest(worker: WorkerProcess, results: dict[str, dict]) -> str:
     return f"{worker.name} " + ("failed" if worker.error else f"{results[worker.name]['seconds'][-1] * 1e3:.1f} ms")
+
+
+def rounded(point: dict) -> dict:
+    return {name: rounded(value) if isinstance(value, dict) else round(value, 3) for name, value in point.items()}

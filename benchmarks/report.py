@@ -16,14 +16,14 @@ def speed_table(speed: dict[str, dict], quality: dict[str, list[dict]], batch_si
         [name, *_speed_cells(result, speed.get(BASE), batch_size), *_quality_cells(quality.get(name, []), BESIDE_SPEED)]
         for name, result in speed.items()
     ]
-    return _table([*SPEED_HEAD, *(QUALITY_HEAD[key] for key in BESIDE_SPEED)], rows) + _failures(speed)
+    return format_table([*SPEED_HEAD, *(QUALITY_HEAD[key] for key in BESIDE_SPEED)], rows) + _failures(speed)
 
 
 def quality_table(quality: dict[str, list[dict]]) -> str:
     """One row per peer: the mean over seeds, with the least and the greatest where there are several."""
     rows = [[name, *_quality_cells(runs, tuple(QUALITY_HEAD))] for name, runs in quality.items()]
     errors = {name: next((run for run in runs if run["error"]), {"error": None}) for name, runs in quality.items()}
-    return _table(["peer", *QUALITY_HEAD.values()], rows) + _failures(errors)
+    return format_table(["peer", *QUALITY_HEAD.values()], rows) + _failures(errors)
 
 
 def write(result: dict, tables: list[str], stem: Path) -> None:
@@ -78,7 +78,7 @@ def _failures(results: dict[str, dict]) -> str:
     return "".join(f"\n\n{name} failed: {result['error']}" for name, result in results.items() if result["error"])
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def format_table(head: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
 
     def line(row: list[str]) -> str:

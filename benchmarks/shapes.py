@@ -17,6 +17,7 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(d_in=64, d_sae=256, k=8, batch_size=128, n_features=256, mean_l0=6.0),
+    "mini": Shape(d_in=64, d_sae=512, k=8, batch_size=512, n_features=512, mean_l0=6.0),
     "small": Shape(d_in=128, d_sae=1024, k=16, batch_size=1024, n_features=1024, mean_l0=12.0),
     "A": Shape(d_in=512, d_sae=4096, k=32, batch_size=2048, n_features=4096, mean_l0=24.0),
     "B": Shape(d_in=768, d_sae=24576, k=32, batch_size=1024, n_features=4096, mean_l0=24.0),

@@ -18,10 +18,11 @@ EXIT_TIMEOUT_S = 5.0
 class WorkerProcess:
     """One peer's process. Once it has failed, `error` says why in one line and every further request answers None."""
 
-    def __init__(self, peer: Peer, *, threads: int):
+    def __init__(self, peer: Peer, *, threads: int, log: str | None = None):
+        """`log` names the log file, for several processes of one peer at a time."""
         self.name, self.error, self._process = peer.name, None, None
         LOGS.mkdir(exist_ok=True)
-        self._log = LOGS / f"{peer.name}.log"
+        self._log = LOGS / f"{log or peer.name}.log"
         try:
             python = python_of(peer)
         except (RuntimeError, OSError) as error:

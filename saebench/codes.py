@@ -6,9 +6,10 @@ Shape suffixes here: `B` tokens, `K` entries of a token, `F` d_sae, `N` entries 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -80,6 +81,31 @@ class SparseCodes:
         codes = cls(indices_N, values_N, d_sae, torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)]))
         codes._order = LatentOrder(indices_N, tokens_N, d_sae)
         return codes
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[SparseCodes]) -> SparseCodes:
+        """Codes of the same tokens by several dictionaries as one: latents of the second are counted on from those of the first, and
+        so on. Fixed-k parts give fixed-k codes."""
+        starts = list(accumulate((part.d_sae for part in parts), initial=0))
+        indices = [part.indices + start for part, start in zip(parts, starts[:-1], strict=True)]
+        if all(part.offsets is None for part in parts):
+            return cls(torch.cat(indices, 1), torch.cat([part.values for part in parts], 1), starts[-1])
+        tokens_N = torch.cat([part.tokens for part in parts])
+        order_N = torch.argsort(tokens_N, stable=True)
+        flat = lambda tensors: torch.cat([t.reshape(-1) for t in tensors])[order_N]  # noqa: E731
+        return cls.ragged(tokens_N[order_N], flat(indices), flat([part.values for part in parts]), len(parts[0]), starts[-1])
+
+    def split(self, sizes: Sequence[int]) -> list[SparseCodes]:
+        """The inverse of `side_by_side`, ragged and without padding: codes over the first `sizes[0]` latents, over the next, ..."""
+        if sum(sizes) != self.d_sae:
+            raise ValueError(f"parts of {list(sizes)} latents do not make up the code's {self.d_sae}")
+        tokens_N, indices_N, values_N = self.nonzero()
+        parts = []
+        for size, start in zip(sizes, accumulate(sizes, initial=0), strict=False):
+            inside_N = ((indices_N >= start) & (indices_N < start + size)).nonzero()[:, 0]
+            entries = (tokens_N[inside_N], indices_N[inside_N] - start, values_N[inside_N])
+            parts.append(SparseCodes.ragged(*entries, len(self), size))
+        return parts
 
     def __len__(self) -> int:
         """Number of tokens."""

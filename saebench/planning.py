@@ -30,7 +30,7 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
     contexts, held_out = pipeline.contexts
     lm = pipeline.lm
     stream = pipeline.stream()
-    configs = fit_to_source(recipe.dictionary_configs(), stream)
+    configs = fit_to_source(recipe.dictionary_configs(), stream, lm)
 
     ids_BS = contexts.ids_NS[: activations.batch_size]
     forward = _median_seconds(lambda: lm.read(ids_BS, activations.sites)) / ids_BS.numel()

@@ -48,3 +48,17 @@ def test_wrong_shapes_are_refused():
         SparseCodes(torch.zeros(3, dtype=torch.int64), torch.zeros(3), 5)
     with pytest.raises(ValueError, match="contiguous"):
         SparseCodes(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3), 5)[::2]
+
+
+def test_side_by_side_and_split_are_blocks_of_columns(dense):
+    ragged = [SparseCodes.from_dense(dense[:, :5]), SparseCodes.from_dense(dense[:, 5:])]
+    fixed = [SparseCodes(*reversed(part.topk(3)), part.shape[1]) for part in (dense[:, :5], dense[:, 5:])]
+    for parts in (ragged, fixed, [ragged[0], fixed[1]]):
+        joint = SparseCodes.side_by_side(parts)
+        assert torch.equal(joint.to_dense(), torch.cat([part.to_dense() for part in parts], 1))
+        assert joint.tokens.diff().min() >= 0
+        for part, back in zip(parts, joint.split([5, 7]), strict=True):
+            assert torch.equal(back.to_dense(), part.to_dense())
+            assert (back.values != 0).all()
+    with pytest.raises(ValueError, match="do not make up"):
+        joint.split([5, 6])

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from saebench.errors import UserError
 from saebench.config import first_difference
+from saebench.errors import UserError
 from saebench.runs import Run, versions
 
 RECIPE = {"name": "r", "activations": {"sites": ["a"], "path": None}, "training": {"lr": 0.01, "betas": [0.9, 0.999]}}

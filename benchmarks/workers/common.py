@@ -1,4 +1,4 @@
-"""What every worker shares: the line protocol, and a way to run a peer's own training loop one batch at a time.
+"""What all workers share: the line protocol, and a way to run a peer's own training loop one batch at a time.
 
 A worker is a process that answers JSON requests, one line each, that arrive on stdin. The answers go to a pipe of their own,
 because peers print to stdout, some already when they are imported. Needs torch and numpy only, so it runs in every peer's
@@ -19,35 +19,58 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape
-from benchmarks.workers.planted import HELD_OUT, Codes, PlantedData, quality
+from benchmarks.workers.planted import HELD_OUT, Codes, PlantedData, quality, threshold_for
 
 WARMUP_FRACTION = 0.1  # of the steps, for all: the peers' own warm-ups (0 to 1000 steps) are meant for far longer runs
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to train: the shape, for how many steps, and at which learning rate (None: the peer's own default)."""
+    """What to train: the shape, for how many steps, and at which learning rate (None: the peer's own default).
+
+    `sparsity` is what the architecture calls it: the active latents per token k or target_l0, or a coefficient; None: shape.k.
+    `decay` is the share of the steps, at the end, with a learning rate that falls to zero; None: the peer's own default.
+    """
 
     shape: Shape
     steps: int
     seed: int
     lr: float | None
     threads: int
+    architecture: str = "topk"
+    sparsity: float | None = None
+    decay: float | None = None
 
     @property
     def warmup_steps(self) -> int:
         return max(1, int(self.steps * WARMUP_FRACTION))
+
+    @property
+    def decay_steps(self) -> int:
+        return int(self.steps * (self.decay or 0))
+
+    @property
+    def dead_steps(self) -> int:
+        """Steps of silence after which a latent is dead, a tenth of the run: peers count in tokens or steps of far longer runs."""
+        return max(1, self.steps // 10)
+
+    @property
+    def group_ends(self) -> list[int]:
+        """Nested sizes of a Matryoshka dictionary: 1/16, 1/8, 1/4, 1/2 and all of it."""
+        return [self.shape.d_sae // part for part in (16, 8, 4, 2, 1)]
 
 
 class Worker(ABC):
     """One peer. The constructor takes a Job and builds the peer's own trainer with its default optimiser."""
 
     packages: tuple[str, ...] = ()  # distributions whose versions are reported
+    architectures: tuple[str, ...] = ("topk",)
 
     def __init__(self, job: Job):
         self.job = job
@@ -69,6 +92,14 @@ class Worker(ABC):
     def evaluation(self) -> Iterator[None]:
         """Around encode, decode and decoder_FD, for a peer that evaluates at other weights than it trains."""
         yield
+
+    def threshold(self) -> float | None:
+        """The one threshold that replaces a choice of k latents per batch, within `evaluation`; None where there is no such."""
+        return None
+
+    def set_threshold(self, threshold: float) -> None:
+        """Encode with another one until the end of `evaluation`."""
+        raise NotImplementedError
 
 
 class SingleStepper:
@@ -114,12 +145,14 @@ class Server:
     def __init__(self, make: type[Worker]):
         self._make = make
 
-    def init(self, *, shape: dict, steps: int, seed: int, lr: float | None, threads: int) -> dict:
-        job = Job(Shape(**shape), steps, seed, lr, threads)
+    def init(self, *, shape: dict, threads: int, **rest: Any) -> dict:
+        job = Job(Shape(**shape), threads=threads, **rest)
+        if job.architecture not in self._make.architectures:
+            raise ValueError(f"this peer has no {job.architecture!r}: {', '.join(self._make.architectures)}")
         start_rss_mib = peak_rss_mib()  # the peer is imported, nothing is built
         torch.set_num_threads(threads)
-        self._data, self._batch_size, self._step = PlantedData(job.shape, seed), job.shape.batch_size, 0
-        torch.manual_seed(seed)
+        self._data, self._batch_size, self._step = PlantedData(job.shape, job.seed), job.shape.batch_size, 0
+        torch.manual_seed(job.seed)
         self._worker = self._make(job)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {name: version(name) for name in self._make.packages}
@@ -149,10 +182,20 @@ class Server:
             self._worker.decode(codes)
             return {"encode_seconds": encoded - start, "decode_seconds": time.perf_counter() - encoded}
 
-    def quality(self) -> dict:
-        with self._worker.evaluation():
-            measured = quality(self._data, self._worker.encode, self._worker.decode, self._worker.decoder_FD())
+    def quality(self, *, l0: float | None = None) -> dict:
+        """As the dictionary is; with `l0`, under `at_l0` too, with the threshold that gives this L0 where there is one threshold."""
+        worker = self._worker
+        with worker.evaluation():
+            measured = quality(self._data, worker.encode, worker.decode, worker.decoder_FD())
+            threshold = worker.threshold()
+            if l0 is not None and threshold is not None:
+                worker.set_threshold(threshold_for(self._data, self._encode_above, l0, threshold))
+                measured["at_l0"] = quality(self._data, worker.encode, worker.decode, worker.decoder_FD())
         return {"step": self._step, **measured}
+
+    def _encode_above(self, x_BD: Tensor, threshold: float) -> Codes:
+        self._worker.set_threshold(threshold)
+        return self._worker.encode(x_BD)
 
 
 def serve(make: type[Worker]) -> None:

@@ -8,11 +8,15 @@ from torch import Tensor
 from benchmarks.workers.common import WARMUP_FRACTION, Job, Worker, serve
 from benchmarks.workers.planted import PlantedData
 from saebench.codes import SparseCodes
-from saebench.dictionaries import TopK
+from saebench.dictionaries import parse_dictionary
 from saebench.trainer import Member, TrainConfig
+
+SPARSITY_KEYS = {"topk": "k", "batchtopk": "k", "matryoshka": "k", "jumprelu": "target_l0", "gated": "target_l0"}
 
 
 class Ours(Worker):
+    architectures = tuple(SPARSITY_KEYS)
+
     def __init__(self, job: Job):
         super().__init__(job)
         shape = job.shape
@@ -22,10 +26,15 @@ class Ours(Worker):
             lr=job.lr,
             warmup=WARMUP_FRACTION,
             seed=job.seed,
+            **({} if job.decay is None else {"decay": job.decay}),
         )
         # The batch that the others initialise their decoder bias from, in their first step.
         sample_BD = PlantedData(shape, job.seed).batch_BD(0, shape.batch_size)
-        self.member = Member.create(TopK(d_in=shape.d_in, d_sae=shape.d_sae, k=shape.k), training, sample_BD)
+        key = SPARSITY_KEYS[job.architecture]
+        sparsity = shape.k if job.sparsity is None else job.sparsity
+        values = {"architecture": job.architecture, "d_in": shape.d_in, "d_sae": shape.d_sae}
+        values[key] = int(sparsity) if key == "k" else sparsity
+        self.member = Member.create(parse_dictionary(values, "benchmark"), training, sample_BD)
         self.n_steps = 0
 
     def step(self, x_BD: Tensor) -> None:
@@ -39,16 +48,22 @@ class Ours(Worker):
         yield
         del self.dictionary
 
-    def encode(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, x_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         codes = self.dictionary.encode(x_BD)
-        return codes.values, codes.indices
+        return codes.values, codes.indices, codes.offsets
 
-    def decode(self, codes: tuple[Tensor, Tensor]) -> Tensor:
-        values_BK, indices_BK = codes
-        return self.dictionary.decode(SparseCodes(indices_BK, values_BK, self.job.shape.d_sae))
+    def decode(self, codes: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
+        values, indices, offsets_B = codes
+        return self.dictionary.decode(SparseCodes(indices, values, self.job.shape.d_sae, offsets_B))
 
     def decoder_FD(self) -> Tensor:
         return self.dictionary.W_dec
+
+    def threshold(self) -> float | None:
+        return self.dictionary.threshold.item() if self.job.architecture in ("batchtopk", "matryoshka") else None
+
+    def set_threshold(self, threshold: float) -> None:
+        self.dictionary.threshold.fill_(threshold)
 
 
 if __name__ == "__main__":

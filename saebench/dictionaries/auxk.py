@@ -35,7 +35,12 @@ def auxk_loss(
     if len(dead) == 0:
         return x_BD.new_zeros(())
     codes = encode_topk(x_BD, W_enc_FD[dead], b_enc_F[dead], b_in_D, min(k_aux, len(dead)))
-    missed = (sparse_decode(codes, W_dec_FD[dead]) - residual_BD).square().mean()
+    return missed_share(sparse_decode(codes, W_dec_FD[dead]), residual_BD)
+
+
+def missed_share(e_hat_BD: Tensor, residual_BD: Tensor) -> Tensor:
+    """||e - e_hat||^2 / ||e - mean(e)||^2 over the batch; 0 where the residual has no spread."""
+    missed = (e_hat_BD - residual_BD).square().mean()
     spread = (residual_BD - residual_BD.mean(0)).square().mean()
     defined = spread > 0  # one token alone has no spread: the term is left out, gradient included
     return torch.where(defined, missed / torch.where(defined, spread, 1.0), 0.0)

@@ -130,6 +130,10 @@ class DictionaryConfig(Config):
         update = {"d_in": sum(widths_in), "d_out": sum(widths_out), "widths_in": widths_in, "widths_out": widths_out}
         return named.model_copy(update=update)
 
+    def for_lm(self, lm: Any) -> Self:
+        """The same with what depends on the model filled in, once the sites are known; nothing here."""
+        return self
+
     @property
     def needs_lm(self) -> bool:
         """Whether initialising takes the model that the activations come from."""
@@ -188,6 +192,7 @@ class Dictionary(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.trained_on: dict[str, Any] = {}
+        self.scalings: tuple[Scaling, Scaling] | None = None  # of what is read and written, while in training
 
     @abstractmethod
     def encode(self, x_BD: Tensor) -> SparseCodes:
@@ -224,6 +229,12 @@ class Dictionary(nn.Module, ABC):
         _, y_hat_BD = self.reconstruct_contexts(torch.cat(list(reads), -1), skip)
         return y_hat_BD.split(list(self.config.blocks_out), dim=1)[write]
 
+    @property
+    def directions(self) -> Tensor | None:
+        """What each latent writes, by rows [F, D], where that is one vector for each."""
+        W_dec = getattr(self, "W_dec", None)
+        return W_dec.detach() if isinstance(W_dec, Tensor) else None
+
     def parts(self) -> dict[str, Dictionary]:
         """The dictionaries that are measured one by one, by name; here the dictionary itself."""
         return {"": self}
@@ -252,7 +263,8 @@ class Dictionary(nn.Module, ABC):
 
     @abstractmethod
     def fold(self, read: Scaling, write: Scaling) -> None:
-        """Change the parameters so that raw inputs give, in raw units, what normalised ones gave in normalised units."""
+        """Change the parameters so that raw inputs give, in raw units, what normalised ones gave in normalised units. What is finished
+        may be folded again, from one layer's units into another's (layer_group.py)."""
 
     def public_tensors(self) -> dict[str, Tensor]:
         """The tensors of the file format by name: parameters and buffers; what is kept by rows as `NAME_FD` is `NAME` [D, F]."""

@@ -13,16 +13,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
 from saebench.dictionaries.auxk import auxk_loss, default_k_aux
 from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch
 from saebench.dictionaries.geometry import geometric_median, linear_map, project_out, random_directions, scale_to_unit
+from saebench.dictionaries.group_penalty import column_blocks, shrink_blocks
+from saebench.dictionaries.orthogonality import orthogonality_penalty
 from saebench.dictionaries.scaling import Scaling
 from saebench.errors import UserError
 from saebench.kernels import sparse_decode
@@ -47,6 +49,27 @@ class SAEConfig(DictionaryConfig):
     """Weight of AuxK, by which dead latents learn to reconstruct the residual; 0 leaves it out."""
     k_aux: int | None = Field(default=None, gt=0)
     """Dead latents that AuxK uses on each token; default the power of two nearest half the width."""
+    orthogonality: float = Field(default=0.0, ge=0)
+    """Weight of the penalty on decoder rows that are alike (OrtSAE, methods.md T8), in units of AuxK; 0 leaves it out."""
+    orthogonality_chunk: int = Field(default=8192, gt=1)
+    """Latents that are compared with each other; the split into chunks is drawn anew each time."""
+    orthogonality_every: int = Field(default=1, gt=0)
+    """Steps from one such penalty to the next, each as many times as heavy."""
+    group_penalty: float = Field(default=0.0, ge=0)
+    """Weight of the group lasso on blocks of a free decoder (methods.md T22, experimental), which about 1 begins to empty; 0 leaves it
+    out."""
+    group_latents: int = Field(default=1, gt=0)
+    """Neighbouring latents in a block."""
+    group_columns: int | None = Field(default=None, gt=0)
+    """Neighbouring columns in a block, within a site; default all columns of a site."""
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Self:
+        if self.group_penalty and self.decoder != "free":
+            raise ValueError("group_penalty shrinks decoder rows, which decoder=unit keeps at length 1: set decoder=free")
+        if self.d_sae % self.group_latents:
+            raise ValueError(f"group_latents={self.group_latents} does not divide d_sae={self.d_sae}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -183,6 +206,11 @@ class SparseAutoencoder(Dictionary):
             )
             total = total + self.config.aux_coefficient * aux
             parts["auxk"] = aux.detach()
+        if self.config.orthogonality and batch.step % self.config.orthogonality_every == 0:
+            alike = orthogonality_penalty(self.W_dec, self.config.orthogonality_chunk, batch.generator())
+            alike = self.config.orthogonality_every * alike  # so that means over steps, logged ones too, are those of every step
+            total = total + self.config.orthogonality * alike
+            parts["orthogonality"] = alike.detach()
         return Losses(total, parts, fit.codes, squared_error_B, batch.y)
 
     @torch.no_grad()
@@ -194,6 +222,19 @@ class SparseAutoencoder(Dictionary):
     def constrain(self, lr: float = 0.0) -> None:
         if self.config.decoder == "unit":
             scale_to_unit(self.W_dec)
+        if self.config.group_penalty:
+            self._shrink_groups(lr)
+
+    def _shrink_groups(self, lr: float) -> None:
+        """The proximal step of the group lasso. Encoder rows are brought to length 1 first, their length to the decoder, or else
+        the decoder could shrink at no cost while the encoder grows."""
+        config = self.config
+        length_F = self.W_enc_FD.norm(dim=1).clamp_min(1e-8)
+        self.scale_biases(1 / length_F)
+        self.W_enc_FD /= length_F[:, None]
+        self.W_dec *= length_F[:, None]
+        widths = column_blocks(config.blocks_out, config.group_columns)
+        shrink_blocks(self.W_dec, lr * config.group_penalty, config.group_latents, widths)
 
     @torch.no_grad()
     def resample(self, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -224,7 +265,10 @@ class SparseAutoencoder(Dictionary):
             self.W_dec /= weights.norm_F[:, None]
         offset_D = read.shift_D * read.scale_D
         if self.config.skip:
-            self.b_dec -= offset_D @ self.W_skip
+            bypassed_D = offset_D @ self.W_skip
+            self.b_dec -= bypassed_D
+            if self.b_in is not None:  # b_dec is subtracted from the input too, where nothing must change
+                self.shift_scores(-self.W_enc_FD @ bypassed_D)
             self.W_skip *= read.scale_D[:, None] / write.scale_D
         if self.b_in is None:
             self.shift_scores(-self.W_enc_FD @ offset_D)

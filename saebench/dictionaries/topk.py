@@ -43,14 +43,10 @@ class TopK(KRule):
     architecture = "topk"
 
 
-@register(TopK)
-class TopKDictionary(SparseAutoencoder):
-    """z = (x - b_dec) W_enc + b_enc; f = ReLU(top k of z); x_hat = f W_dec + b_dec, decoder rows of unit length."""
+class KRuleDictionary(SparseAutoencoder):
+    """A member of the family that keeps k latents, by whatever comparison."""
 
-    config: TopK
-
-    def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
-        return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.config.k)
+    config: KRule
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
         """As the family, with the encoder scaled so that reconstructions of random unit vectors have unit length."""
@@ -59,3 +55,13 @@ class TopKDictionary(SparseAutoencoder):
             with torch.no_grad():
                 probe_BD = random_unit_rows(256, x.shape[1], generator) + self.b_dec
                 self.W_enc_FD /= (self(probe_BD) - self.b_dec).norm(dim=1).mean()
+
+
+@register(TopK)
+class TopKDictionary(KRuleDictionary):
+    """z = (x - b_dec) W_enc + b_enc; f = ReLU(top k of z); x_hat = f W_dec + b_dec, decoder rows of unit length."""
+
+    config: TopK
+
+    def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
+        return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.config.k)

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saebench.dictionaries import Dictionary
+from saebench.activations.joined import SEPARATOR
+from saebench.dictionaries import Dictionary, SparseAutoencoder
+from saebench.dictionaries.transcoder import skip_only
 from saebench.errors import UserError
 from saebench.evaluation.metrics import FORMULAS_VERSION, Reconstruction, SplicedLoss, max_decoder_cosine
 from saebench.lm import Contexts, LanguageModel
@@ -38,7 +40,8 @@ def evaluate(
     config = dictionary.config
     check_sites(dictionary, lm)
     dictionary = dictionary.to(lm.device)
-    quality = Reconstruction(sum(config.blocks_out), config.d_sae)
+    quality, bypass = (Reconstruction(sum(config.blocks_out), config.d_sae) for _ in range(2))
+    skips = isinstance(dictionary, SparseAutoencoder) and dictionary.config.skip
     loss = SplicedLoss()
     means = _means(lm, contexts, config.writes, batch_size)
 
@@ -48,9 +51,12 @@ def evaluate(
             seen: dict[str, Tensor] = {}
             with lm.edit({site: _keeping(seen, site) for site in config.sites}):
                 logits = {"clean": lm.logits(ids_CS)}
-            codes, y_hat_BD = dictionary.reconstruct_contexts(torch.cat([seen[site].float() for site in config.reads], -1), SKIP)
+            x_CSD = torch.cat([seen[site].float() for site in config.reads], -1)
+            codes, y_hat_BD = dictionary.reconstruct_contexts(x_CSD, SKIP)
             y_BD = torch.cat([seen[site][:, SKIP:].flatten(0, 1).float() for site in config.writes], -1)
             quality.update(y_BD, y_hat_BD, codes)
+            if skips:
+                bypass.update(y_BD, skip_only(dictionary, x_CSD[:, SKIP:].flatten(0, 1)), codes)
             edits = {
                 "spliced": splice(dictionary, seen),
                 "zero": {site: _filling(torch.zeros_like(mean_D)) for site, mean_D in means.items()},
@@ -62,7 +68,8 @@ def evaluate(
             loss.update(ids_CS[:, SKIP + 1 :], {name: values[:, SKIP:-1] for name, values in logits.items()})
             report(ids_CS.numel())
 
-    W_dec = getattr(dictionary, "W_dec", None)
+    directions_FD = dictionary.directions
+    cosine = {} if directions_FD is None else {"mean_max_decoder_cosine": float(max_decoder_cosine(directions_FD).mean())}
     bounds = pairwise(accumulate(config.blocks_out, initial=0))
     return {
         "formulas_version": FORMULAS_VERSION,
@@ -72,8 +79,9 @@ def evaluate(
         "spliced_positions": "all but the first of each context",
         **quality.figures(),
         "fvu_by_site": {site: quality.fvu_of(slice(*bound)) for site, bound in zip(config.writes, bounds, strict=True)},
+        **({"fvu_skip_only": bypass.figures()["fvu"]} if skips else {}),
         **loss.figures(),
-        **({"mean_max_decoder_cosine": float(max_decoder_cosine(W_dec).mean())} if isinstance(W_dec, Tensor) else {}),
+        **cosine,
         "gamma": dictionary.trained_on.get("gamma", {}),
         "intervals_95": loss.intervals(seed=seed),
         "seed": seed,
@@ -86,6 +94,11 @@ def check_sites(dictionary: Dictionary, lm: LanguageModel) -> None:
     config = dictionary.config
     if not config.reads:
         raise UserError("the dictionary names no site, so it cannot be spliced in: train it on activations of a site")
+    if joined := [site for site in config.sites if SEPARATOR in site]:
+        raise UserError(
+            f"the dictionary reads several models ({joined[0]!r}), and only one can be run: measure it by "
+            "saebench.evaluation.reconstruction(dictionary, joined source)"
+        )
     for sites, widths in ((config.reads, config.blocks_in), (config.writes, config.blocks_out)):
         if sum(lm.width(site) for site in sites) != sum(widths):
             raise UserError(

@@ -59,12 +59,13 @@ def characteristic_features(
     candidates = ((counts_F >= MIN_FIRINGS) & (density_F <= MAX_DENSITY)).nonzero()[:, 0].tolist()
     scores = [(evidence(postings, latent, ids_T, corpus_V), latent) for latent in candidates]
 
-    W_dec = torch.nn.functional.normalize(dictionary.get_parameter("W_dec").detach(), dim=1)
+    rows_FD = dictionary.directions
+    unit_FD = None if rows_FD is None else torch.nn.functional.normalize(rows_FD, dim=1)
     chosen: list[int] = []
     leading: set[int] = set()
     for _, latent in sorted(scores, reverse=True):
         lead = int(token_shares(postings, latent, ids_T, vocabulary).argmax())
-        if lead in leading or any(float(W_dec[latent] @ W_dec[other]) > MAX_COSINE for other in chosen):
+        if lead in leading or (unit_FD is not None and bool((unit_FD[chosen] @ unit_FD[latent] > MAX_COSINE).any())):
             continue
         chosen.append(latent)
         leading.add(lead)

@@ -8,16 +8,22 @@
 
 from saebench.kernels.encode_above import encode_above
 from saebench.kernels.encode_batch_topk import encode_batch_topk
+from saebench.kernels.encode_jumprelu import encode_jumprelu
 from saebench.kernels.encode_topk import encode_topk
 from saebench.kernels.entries import with_gradient
 from saebench.kernels.implementations import current_implementation, use_implementation
+from saebench.kernels.matching_pursuit import matching_pursuit
+from saebench.kernels.proximal_step import proximal_step
 from saebench.kernels.sparse_decode import gathered_dot, sparse_decode
 
 __all__ = [
     "encode_topk",
     "encode_above",
     "encode_batch_topk",
+    "encode_jumprelu",
     "with_gradient",
+    "matching_pursuit",
+    "proximal_step",
     "sparse_decode",
     "gathered_dot",
     "current_implementation",

@@ -256,6 +256,7 @@ class _Run:
                 "activations": self.source.identity,
                 "tokens": self.training.steps * self.training.batch_size,
                 "input_scale": float(member.read.scale_D[0]),
+                "scales": member.scales,
                 "gamma": {site: self.source.statistics(site).gamma for site in dictionary.config.reads},
                 "seed": member.seed,
             }

@@ -76,6 +76,17 @@ class Member:
         return cls(dictionary, training, read.to(x.device), write.to(x.device), mean_D)
 
     @property
+    def scales(self) -> dict[str, float]:
+        """What the activations of each site are multiplied by."""
+        config = self.dictionary.config
+        pairs = ((config.reads, config.blocks_in, self.read), (config.writes, config.blocks_out, self.write))
+        return {
+            site: float(part[0])
+            for sites, blocks, by in pairs
+            for site, part in zip(sites, by.scale_D.split(list(blocks)), strict=True)
+        }
+
+    @property
     def dead_F(self) -> Tensor:
         """Latents that have been silent for `dead_after` tokens."""
         return self.silent_F >= self.training.dead_after_tokens

@@ -1,0 +1,111 @@
+"""Gated sparse autoencoder (Rajamanoharan et al. 2024; methods.md T4): one bias decides which latents are active, another with a scale of its
+own how much, so that the L1 penalty on the gate does not shrink the values.
+
+Gate and magnitude share their directions, and a latent that the gate leaves out is 0 whatever its magnitude. So both exist at the entries where the
+gate is open, and one sparse encoder pass serves both: the gate's pre-activations there, from which the magnitudes follow.
+Shape suffixes: `B` tokens, `D` width, `F` d_sae, `N` entries of codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from saebench.codes import SparseCodes
+from saebench.dictionaries.base import TrainingBatch, register
+from saebench.dictionaries.l0_control import L0Controller, SparsityRule, first_l1_coefficient, start_at_l0
+from saebench.dictionaries.sae import Fit, SparseAutoencoder, Weights
+from saebench.dictionaries.scaling import Scaling
+from saebench.kernels import encode_above, sparse_decode
+
+
+class Gated(SparsityRule):
+    """Configuration of a Gated sparse autoencoder, or transcoder where `target` is given."""
+
+    architecture = "gated"
+    betas = (0.0, 0.999)
+
+
+@register(Gated)
+class GatedDictionary(SparseAutoencoder):
+    """p = (x - c b_dec) W_enc; f = ReLU(exp(r_mag) p + b_mag) where p + b_enc > 0, else 0; x_hat = f W_dec + b_dec.
+
+    `b_enc` is the bias of the gate.
+    """
+
+    config: Gated
+
+    def __init__(self, config: Gated):
+        super().__init__(config)
+        self.r_mag = nn.Parameter(torch.zeros(config.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(config.d_sae))
+        self.sparsity = L0Controller(config)
+
+    def gate_and_values(self, x_BD: Tensor, weights: Weights) -> tuple[SparseCodes, SparseCodes]:
+        """g = p + b_enc and f at the entries where g > 0. An entry of f may be 0: its gate is open and its magnitude is not positive."""
+        b_gate_F, b_mag_F = weights.b_enc_F, self.b_mag if weights.norm_F is None else self.b_mag * weights.norm_F
+        # the encoder's pass holds the gate's bias constant: f = f(p) must not move it, and g gets it back with its gradient
+        open_gates = encode_above(x_BD, weights.W_enc_FD, b_gate_F.detach(), self.b_in)
+        at_N = open_gates.indices
+        p_N = open_gates.values - b_gate_F.detach().index_select(0, at_N)
+        f_N = (self.r_mag.exp().index_select(0, at_N) * p_N + b_mag_F.index_select(0, at_N)).relu()
+        g_N = open_gates.values + (b_gate_F - b_gate_F.detach()).index_select(0, at_N)
+        return open_gates.replaced(g_N), open_gates.replaced(f_N)
+
+    def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
+        return self.gate_and_values(x_BD, weights)[1]
+
+    def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
+        """sum-MSE + coefficient * sum_i g_i + squared error of decoding g in place of f with a decoder held constant."""
+        gate, codes = self.gate_and_values(batch.x, weights)
+        error_BD = self.write(codes, weights, batch.x) - batch.y
+        by_gate_BD = sparse_decode(gate, weights.W_dec_FD.detach()) + self.b_dec.detach()
+        if self.config.skip:
+            by_gate_BD = by_gate_BD + batch.x @ self.W_skip.detach()
+        gate_loss = (by_gate_BD - batch.y).square().sum(1).mean()
+        self.sparsity.observe(codes, batch)
+        coefficient = self.sparsity.coefficient(batch)
+        loss = error_BD.square().sum(1).mean() + coefficient * gate.values.sum() / len(gate) + gate_loss
+        return Fit(codes, error_BD, loss, {"coefficient": coefficient, "gate": gate_loss.detach() / (batch.y.shape[1] * self.variance)})
+
+    def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
+        self.b_mag.copy_(self.b_enc)
+        if self.config.first_l0 is not None:
+            start_at_l0(self, x_BD, y_BD, self.config.first_l0)
+        self.sparsity.start(first_l1_coefficient(self.config, y_BD))
+
+    @torch.no_grad()
+    def scale_biases(self, factor: Tensor | float) -> None:
+        super().scale_biases(factor)
+        self.b_mag *= factor
+
+    @torch.no_grad()
+    def shift_scores(self, delta_F: Tensor) -> None:
+        super().shift_scores(delta_F)
+        self.b_mag += self.r_mag.exp() * delta_F
+
+    @torch.no_grad()
+    def resample(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        rows = super().resample(batch)
+        if rows:
+            dead = rows["b_enc"]
+            self.r_mag[dead] = 0.0
+            self.b_mag[dead] = 0.0
+            rows |= {"r_mag": dead, "b_mag": dead}
+        return rows
+
+    # --- the finished dictionary has nothing of the training ---
+
+    @torch.no_grad()
+    def fold(self, read: Scaling, write: Scaling) -> None:
+        finished = self.folded
+        super().fold(read, write)
+        if not finished:
+            del self.sparsity
+
+    def public_tensors(self) -> dict[str, Tensor]:
+        return {name: t for name, t in super().public_tensors().items() if not name.startswith("sparsity.")}
+
+    def load_public(self, tensors: dict[str, Tensor]) -> None:
+        del self.sparsity
+        super().load_public(tensors)

@@ -1,0 +1,114 @@
+"""Matryoshka (Bussmann et al. 2025; methods.md T6): every prefix of the latents must reconstruct by itself, so early latents stay general
+and late ones add detail.
+
+The loss is the mean of the squared errors of all prefixes, that of no latents at all (b_dec) included. Prefixes are fixed shares of
+d_sae, or drawn anew at every step from a Pareto distribution (Nabeshima). Latents are not reordered by importance: the loss itself
+makes the early ones the important ones.
+A prefix is decoded from the entries of its latents alone: the reconstruction of one prefix plus one decode of the next group's entries.
+Shape suffixes: `B` tokens, `D` width of what is written, `F` d_sae, `G` groups, `N` entries.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from saebench.codes import SparseCodes
+from saebench.dictionaries.base import TrainingBatch, register
+from saebench.dictionaries.batchtopk import BatchTopK, BatchTopKDictionary
+from saebench.dictionaries.sae import Fit, Weights
+from saebench.kernels import encode_topk, sparse_decode
+
+PARETO = 0.5
+
+
+class Matryoshka(BatchTopK):
+    """Configuration of a Matryoshka sparse autoencoder, or transcoder where `target` is given."""
+
+    architecture = "matryoshka"
+
+    rule: Literal["batchtopk", "topk"] = "batchtopk"
+    """What is kept: the k * B largest of a batch, or the k largest of each token."""
+    groups: tuple[float, ...] = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+    """Shares of d_sae of the nested groups, first to last; prefixes end where groups do."""
+    random_prefixes: int = Field(default=0, ge=0)
+    """Prefixes drawn at every step, besides the whole, instead of those of `groups`; 0 for fixed groups."""
+
+    @model_validator(mode="after")
+    def _groups_cover_all_latents(self) -> Self:
+        if abs(sum(self.groups) - 1) > 1e-6:
+            raise ValueError(
+                f"groups={self.groups} add up to {sum(self.groups):g} of d_sae: make them add up to 1, "
+                "or latents are left over that no prefix trains"
+            )
+        if any(size < 1 for size in self.group_sizes):
+            raise ValueError(
+                f"groups={self.groups} give sizes {self.group_sizes} of d_sae={self.d_sae}: every group needs a latent"
+            )
+        if self.rule == "topk" and self.inference == "batch":
+            raise ValueError("inference=batch is for rule=batchtopk: rule=topk compares within a token always")
+        return self
+
+    @property
+    def group_sizes(self) -> list[int]:
+        """Latents in each group."""
+        ends = [0, *(round(share * self.d_sae) for share in accumulate(self.groups))]
+        return [stop - start for start, stop in pairwise(ends)]
+
+
+@register(Matryoshka)
+class MatryoshkaDictionary(BatchTopKDictionary):
+    """BatchTopK or TopK over all latents, trained so that each prefix of them reconstructs."""
+
+    config: Matryoshka
+
+    def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
+        return self.select_batch(x_BD, weights) if self.config.rule == "topk" else super().select(x_BD, weights)
+
+    def select_batch(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
+        if self.config.rule == "topk":
+            return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.config.k)
+        return super().select_batch(x_BD, weights)
+
+    def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
+        """The mean of the squared errors of all prefixes, from none of the latents to all."""
+        codes = self.select_batch(batch.x, weights)
+        sizes = self.drawn_sizes(batch) if self.config.random_prefixes else self.config.group_sizes
+        error_BD = self.b_dec - batch.y
+        if self.config.skip:
+            error_BD = error_BD + batch.x @ self.W_skip
+        losses = [error_BD.square().sum(1).mean()]
+        for part_BD in decode_groups(codes, weights.W_dec_FD, sizes):
+            error_BD = error_BD + part_BD
+            losses.append(error_BD.square().sum(1).mean())
+        parts = {} if self.config.rule == "topk" else self.follow(codes, batch)
+        if not self.config.random_prefixes:
+            scale = batch.y.shape[1] * self.variance
+            parts |= {f"prefix_{end}": loss.detach() / scale for end, loss in zip(accumulate(sizes), losses[1:], strict=True)}
+        return Fit(codes, error_BD, torch.stack(losses).mean(), parts)
+
+    def drawn_sizes(self, batch: TrainingBatch) -> list[int]:
+        """Group sizes of this step's prefixes: lengths l with P(l <= n) proportional to 1 - n ** -0.5, each once, and the whole."""
+        d_sae = self.config.d_sae
+        u_G = torch.rand(self.config.random_prefixes, generator=batch.generator(), dtype=torch.float64)
+        lengths_G = (1 - u_G * (1 - d_sae**-PARETO)).pow(-1 / PARETO).long().clamp(1, d_sae)
+        ends = sorted({*lengths_G.tolist(), d_sae})
+        return [stop - start for start, stop in pairwise([0, *ends])]
+
+
+def decode_groups(codes: SparseCodes, W_dec_FD: Tensor, sizes: list[int]) -> list[Tensor]:
+    """What each group of neighbouring latents writes, [B, D] each, from its own entries; their sum is the decoded code."""
+    indices_N, values_N = codes.indices.reshape(-1), codes.values.reshape(-1)
+    starts_G = torch.tensor([0, *accumulate(sizes)], device=indices_N.device)
+    group_N = torch.bucketize(indices_N, starts_G, right=True) - 1
+    written = []
+    for group, rows_FD in enumerate(W_dec_FD.split(sizes)):  # one split: its gradient is one matrix, not one per group
+        at_N = (group_N == group).nonzero()[:, 0]
+        latents_N = indices_N[at_N] - starts_G[group]
+        entries = SparseCodes.ragged(codes.tokens[at_N], latents_N, values_N.index_select(0, at_N), len(codes), len(rows_FD))
+        written.append(sparse_decode(entries, rows_FD))
+    return written
