@@ -16,6 +16,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
@@ -58,7 +59,7 @@ def main() -> int:
         "shape": vars(SHAPES[arguments.shape]),
         "load_average_start": os.getloadavg()[0],
         "versions": {},
-        "quality": {a: {p: None for p in arguments.peers} for a in arguments.architectures},
+        "quality": {a: {str(lr): dict.fromkeys(arguments.peers) for lr in arguments.lr} for a in arguments.architectures},
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers must be ended in either case
     start = perf_counter()
@@ -67,22 +68,21 @@ def main() -> int:
             python_of(PEERS[peer])  # one after the other, before processes start side by side
         except (RuntimeError, OSError) as error:
             say(f"{peer}: installation failed: {error}")
-    lock, stopped = threading.Lock(), threading.Event()
+    lock = threading.Lock()
+    contests = [Contest(arguments, *which) for which in product(arguments.architectures, arguments.peers, arguments.lr)]
+    contests.sort(key=lambda contest: (contest.architecture, contest.peer) not in SEARCHED)  # the longest first
 
-    def run(architecture: str, peer: str) -> None:
-        contest = Contest(arguments, architecture, peer, stopped)
+    def run(contest: Contest) -> None:
         outcome = contest.result()
         with lock:
-            result["quality"][architecture][peer] = outcome
-            result["versions"][peer] = outcome["versions"] or result["versions"].get(peer)
+            result["quality"][contest.architecture][str(contest.lr)][contest.peer] = outcome
+            result["versions"][contest.peer] = outcome["versions"] or result["versions"].get(contest.peer)
             result["minutes"] = (perf_counter() - start) / 60
             result["load_average_end"] = os.getloadavg()[0]
             write(result, stem)
 
-    pairs = [(a, p) for a in arguments.architectures for p in arguments.peers]
-    pairs.sort(key=lambda pair: pair not in SEARCHED)  # the longest first
     pool = ThreadPoolExecutor(arguments.parallel)
-    tasks = [pool.submit(run, *pair) for pair in pairs]
+    tasks = [pool.submit(run, contest) for contest in contests]
     try:
         for task in tasks:
             task.result()
@@ -90,7 +90,8 @@ def main() -> int:
         say("interrupted; the workers are being ended")
         return 130
     finally:
-        stopped.set()
+        for contest in contests:
+            contest.stop()
         pool.shutdown(cancel_futures=True)
         if stem.with_suffix(".md").exists():
             say(f"results: {stem.with_suffix('.md')} and {stem.with_suffix('.json').name}")
@@ -105,12 +106,22 @@ class Stopped(Exception):
 class Contest:
     """One peer's runs for one architecture: all seeds, one after the other, in one process."""
 
-    def __init__(self, arguments: argparse.Namespace, architecture: str, peer: str, stopped: threading.Event):
-        self.arguments, self.architecture, self.peer, self.stopped = arguments, architecture, peer, stopped
+    def __init__(self, arguments: argparse.Namespace, architecture: str, peer: str, lr: float | None):
+        self.arguments, self.architecture, self.peer, self.lr = arguments, architecture, peer, lr
         self.shape = SHAPES[arguments.shape]
         self.l0 = float(arguments.l0 or self.shape.k)
         self.runs: list[dict] = []
         self.worker: WorkerProcess | None = None
+        self.stopped = False
+
+    def __str__(self) -> str:
+        return f"{self.architecture} {self.peer} {_rate(self.lr)}"
+
+    def stop(self) -> None:
+        """From another thread: end what is running, and begin nothing more."""
+        self.stopped = True
+        if self.worker is not None:
+            self.worker.end()
 
     def result(self) -> dict:
         """`runs` (seed, sparsity, point, seconds, error), `at_l0` (one entry per seed), `versions`, `error`."""
@@ -121,7 +132,7 @@ class Contest:
                 answer["at_l0"].append(compare.at_l0(points, self.l0))
         except (RuntimeError, ValueError) as error:
             answer["error"] = str(error)
-            say(f"{self.architecture} {self.peer} failed: {error}")
+            say(f"{self} failed: {error}")
         except Stopped:
             answer["error"] = "interrupted"
         finally:
@@ -166,10 +177,10 @@ class Contest:
 
     def _train(self, seed: int, sparsity: float) -> dict:
         """The last measurement of one run. Raises RuntimeError with the worker's message."""
-        if self.stopped.is_set():
+        if self.stopped:
             raise Stopped
         if self.worker is None:
-            log = f"{self.peer}-{self.architecture}"
+            log = f"{self.peer}-{self.architecture}-{self.lr or 'own'}"
             self.worker = WorkerProcess(PEERS[self.peer], threads=self.arguments.threads, log=log)
         start = perf_counter()
         measured = train_and_measure(
@@ -179,7 +190,7 @@ class Contest:
             l0=self.l0,
             steps=self.arguments.steps,
             seed=seed,
-            lr=self.arguments.lr,
+            lr=self.lr,
             threads=self.arguments.threads,
             architecture=self.architecture,
             sparsity=sparsity,
@@ -189,10 +200,12 @@ class Contest:
         run = {"seed": seed, "sparsity": sparsity, "first": next(iter(measured["points"]), None), "point": point}
         run |= {"seconds": perf_counter() - start, "versions": measured["versions"], "error": measured["error"]}
         self.runs.append(run)
+        if self.stopped:
+            raise Stopped
         if point is None:
             raise RuntimeError(measured["error"])
         shown = rounded({key: point[key] for key in ("l0", "fvu", "recovered", "dead")})
-        say(f"{self.architecture} {self.peer} seed {seed} sparsity {sparsity:.4g}: {shown}, {run['seconds']:.0f} s")
+        say(f"{self} seed {seed} sparsity {sparsity:.4g}: {shown}, {run['seconds']:.0f} s")
         return point
 
 
@@ -200,7 +213,6 @@ def write(result: dict, stem: Path) -> None:
     """`stem`.json with every run, `stem`.md with the tables under a head that says where and when."""
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     machine, arguments, shape = result["machine"], result["arguments"], result["shape"]
-    rate = "each peer's default learning rate" if arguments["lr"] is None else f"learning rate {arguments['lr']:g}"
     versions = "\n".join(
         f"- {name}: " + ", ".join(f"{package} {number}" for package, number in versions.items())
         for name, versions in sorted(result["versions"].items())
@@ -210,7 +222,7 @@ def write(result: dict, stem: Path) -> None:
         f"# Quality, {result['date']}\n\n"
         f"{arguments['steps']} steps of {shape['batch_size']} tokens at {arguments['shape']} (d_in {shape['d_in']}, d_sae "
         f"{shape['d_sae']}, {shape['n_features']} planted directions, {shape['mean_l0']:g} active), wanted L0 "
-        f"{arguments['l0'] or shape['k']:g}, {rate}, {arguments['seeds']} seeds.\n\n"
+        f"{arguments['l0'] or shape['k']:g}, {arguments['seeds']} seeds.\n\n"
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {arguments['parallel']} "
         f"runs at a time with {arguments['threads']} threads each; {result['minutes']:.0f} minutes; load average "
         f"{result['load_average_start']:.1f} at the start, {result['load_average_end']:.1f} at the end.\n\n{versions}\n\n"
@@ -219,15 +231,17 @@ def write(result: dict, stem: Path) -> None:
 
 
 def tables(quality: dict[str, dict]) -> str:
-    """One table per architecture, and the errors below it."""
+    """One table per architecture and learning rate, and the errors below it."""
     parts = []
-    for architecture, peers in quality.items():
-        peers = {name: result for name, result in peers.items() if result is not None}
-        if not peers:
-            continue
-        rows = compare.table(peers)
-        errors = "".join(f"\n{name} failed: {result['error']}\n" for name, result in peers.items() if result["error"])
-        parts.append(f"## {architecture}\n\n{format_table(rows[0], rows[1:])}\n{errors}")
+    for architecture, rates in quality.items():
+        for rate, peers in rates.items():
+            peers = {name: result for name, result in peers.items() if result is not None}
+            if not peers:
+                continue
+            rows = compare.table(peers)
+            errors = "".join(f"\n{name} failed: {result['error']}\n" for name, result in peers.items() if result["error"])
+            title = f"{architecture}, {_rate(None if rate == 'None' else float(rate))}"
+            parts.append(f"## {title}\n\n{format_table(rows[0], rows[1:])}\n{errors}")
     return "\n".join(parts)
 
 
@@ -241,17 +255,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", type=names_among(contestants), default=list(contestants), help=f"of {','.join(contestants)}")
     parser.add_argument("--shape", choices=SHAPES, default="mini", help="sizes and data; default mini")
     parser.add_argument("--l0", type=float, help="the L0 at which all are compared; default the shape's k")
-    parser.add_argument("--steps", type=at_least(10), default=3000, help="training steps; default 3000")
+    parser.add_argument("--steps", type=at_least(10), default=2000, help="training steps; default 2000")
     parser.add_argument("--seeds", type=at_least(1), default=3, help="each with its own data and initialisation; default 3")
-    parser.add_argument("--lr", type=learning_rate, default=2e-3, help="peak learning rate for all, or `own`; default 2e-3")
+    parser.add_argument(
+        "--lr", type=learning_rates, default=[4e-3], help="peak learning rates, each for all; `own`: their defaults"
+    )
     parser.add_argument("--parallel", type=at_least(1), default=2, help="runs at a time")
     parser.add_argument("--threads", type=at_least(1), default=1, help="threads of each run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     return parser.parse_args(arguments)
 
 
-def learning_rate(text: str) -> float | None:
-    return None if text == "own" else float(text)
+def learning_rates(text: str) -> list[float | None]:
+    return [None if part == "own" else float(part) for part in text.split(",")]
+
+
+def _rate(lr: float | None) -> str:
+    return "their own learning rates" if lr is None else f"learning rate {lr:g}"
 
 
 def say(text: str) -> None:

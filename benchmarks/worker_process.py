@@ -67,6 +67,11 @@ class WorkerProcess:
         answer = json.loads(line)
         return self._fail(answer["error"]) if "error" in answer else answer
 
+    def end(self) -> None:
+        """Terminate the process at once, from any thread: the request that it is working on fails."""
+        if self._process is not None:
+            self._process.terminate()
+
     def close(self) -> None:
         """End the process: it leaves by itself when idle, and is terminated when it is not."""
         if self._process is None:

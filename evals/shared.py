@@ -16,7 +16,7 @@ from saebench.activations import ActivationStore
 
 HERE = Path(__file__).parent
 SEEDS = 3
-TOKENS = 400_000
+TOKENS = 250_000
 
 
 @cache

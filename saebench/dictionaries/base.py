@@ -35,6 +35,8 @@ class DictionaryConfig(Config):
     architecture: ClassVar[str]
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)
     """Adam's averaging constants that suit this architecture."""
+    largest_lr_rise: ClassVar[float] = 10.0
+    """By how much a short run may raise the default learning rate at most."""
     sequential: ClassVar[bool] = False
     """Whether it reads whole contexts [C, S, D] instead of tokens [B, D]."""
 

@@ -23,7 +23,7 @@ from saebench.dictionaries.sae import SparseAutoencoder
 from saebench.errors import UserError
 
 FIRST_ONLY, SECOND_ONLY = 0.3, 0.7  # relative norms below and above which a latent belongs to one source
-INITIAL_NORM = 0.1
+INITIAL_NORM = 0.3  # measured: 1 leaves more error, 0.1 more dead latents
 
 
 class Crosscoder(BatchTopK):
@@ -57,7 +57,7 @@ class CrosscoderDictionary(BatchTopKDictionary):
     config: Crosscoder
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
-        """As the family, with rows of a tenth of unit length in encoder and free decoder, so that what a latent owns is learned and not
+        """As the family, with shorter rows in encoder and free decoder, so that what a latent owns is learned and not
         drawn; and, where b_dec is not subtracted, with biases that do so to begin with."""
         super().initialise(x, y, generator, lm)
         with torch.no_grad():

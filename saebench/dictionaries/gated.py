@@ -1,8 +1,9 @@
-"""Gated sparse autoencoder (Rajamanoharan et al. 2024; methods.md T4): one bias decides which latents are active, another with a scale of its
-own how much, so that the L1 penalty on the gate does not shrink the values.
+"""Gated sparse autoencoder (Rajamanoharan et al. 2024; methods.md T4): one bias decides which latents are active, another with a
+scale of its own how much, so that the L1 penalty on the gate does not shrink the values.
 
-Gate and magnitude share their directions, and a latent that the gate leaves out is 0 whatever its magnitude. So both exist at the entries where the
-gate is open, and one sparse encoder pass serves both: the gate's pre-activations there, from which the magnitudes follow.
+Gate and magnitude share their directions, and a latent that the gate leaves out is 0 whatever its magnitude. So both exist at the
+entries where the gate is open, and one sparse encoder pass serves both: the gate's pre-activations there, from which the magnitudes
+follow.
 Shape suffixes: `B` tokens, `D` width, `F` d_sae, `N` entries of codes.
 """
 
@@ -66,7 +67,9 @@ class GatedDictionary(SparseAutoencoder):
         self.sparsity.observe(codes, batch)
         coefficient = self.sparsity.coefficient(batch)
         loss = error_BD.square().sum(1).mean() + coefficient * gate.values.sum() / len(gate) + gate_loss
-        return Fit(codes, error_BD, loss, {"coefficient": coefficient, "gate": gate_loss.detach() / (batch.y.shape[1] * self.variance)})
+        return Fit(
+            codes, error_BD, loss, {"coefficient": coefficient, "gate": gate_loss.detach() / (batch.y.shape[1] * self.variance)}
+        )
 
     def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
         self.b_mag.copy_(self.b_enc)

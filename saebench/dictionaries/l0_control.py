@@ -1,8 +1,10 @@
 """A stated L0 instead of a hand-tuned sparsity coefficient: a feedback controller that every rule with a sparsity penalty shares.
 
-The coefficient is steered while training: proportional and integral feedback, in the logarithm of the coefficient, on the logarithm of how far L0
-is from a reference that glides from the first L0 down to the target (idea: target L0 of Rajamanoharan et al. 2024 and
-dictionary_learning, there by a quadratic penalty; methods.md T5). All state is in buffers, so that a resumed run is bit-identical.
+The coefficient is steered while training: proportional and integral feedback, in the logarithm of the coefficient, on the logarithm of
+how far L0 is from a reference that glides from the first L0 to the target. As the learning rate falls at the end, L0 moves less and
+less and is locked. (A target L0 by a quadratic penalty instead of feedback: dictionary_learning; methods.md T5.) All state is in
+buffers, so that a resumed run is bit-identical. Biases set from data let training start near the target: thousands of latents active per
+token, as biases of 0 give, cost time and end in worse dictionaries.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from saebench.dictionaries.base import DictionaryConfig, TrainingBatch
 from saebench.dictionaries.geometry import ROWS_AT_ONCE
 from saebench.dictionaries.sae import SAEConfig, SparseAutoencoder
 
-
 PROPORTIONAL = 3.0  # rise of the log coefficient where L0 is e times the reference
 INTEGRAL = 45.0  # what the log coefficient rises by over the whole run in that case,
 FASTEST = 0.2  # and at most in a step: short runs must not integrate faster than L0 can follow
-RANGE = math.log(20), math.log(200)  # how far the integral goes below and above the start: beyond, nothing changes but the way back
+TREND = 0.05  # how fast the lasting drift of the coefficient that L0 needs is learned, of the square of the integral's gain
+BELOW, ABOVE = 20, 200  # times the first coefficient, where the integral ends: going on would change nothing but the way back
 FIRST_L0 = 2.0  # of the target, at the start
-START_TOKENS = 8192
-FIRST_SHRINKAGE = 0.2
+START_TOKENS = 8192  # by which biases are set
+FIRST_SHRINKAGE = 0.2  # of a typical latent, by the first coefficient
 
 
 class SparsitySettings(DictionaryConfig):
@@ -62,6 +64,7 @@ class SparsitySettings(DictionaryConfig):
     def default_id(self) -> str:
         aim = f"l0-{self.target_l0:g}" if self.target_l0 is not None else f"coefficient-{self.coefficient:g}"
         return f"{self.architecture}-{self.d_sae}-{aim}"
+
 
 class SparsityRule(SparsitySettings, SAEConfig):
     """Settings of members of the family whose loss has a sparsity penalty."""
@@ -120,15 +123,17 @@ class L0Controller(nn.Module):
         self.register_buffer("log_coefficient", torch.tensor(0.0 if config.coefficient is None else math.log(config.coefficient)))
         self.register_buffer("integral", self.log_coefficient.clone())
         self.register_buffer("first_log_coefficient", self.log_coefficient.clone())
-        self.register_buffer("first_gap", torch.full((), math.nan))
+        self.register_buffer("trend", torch.zeros(()))
+        self.register_buffer("first_gap", torch.full((), math.inf))
         self.log_coefficient: Tensor
         self.integral: Tensor
         self.first_log_coefficient: Tensor
+        self.trend: Tensor
         self.first_gap: Tensor
 
     @torch.no_grad()
     def start(self, coefficient: float | Tensor) -> None:
-        """Where the search begins; a guess within a factor of a hundred does. Nothing where the coefficient is fixed."""
+        """Where the search begins: at most 20 times too high or 200 times too low. Nothing where the coefficient is fixed."""
         if self.config.coefficient is None:
             self.log_coefficient.copy_(torch.as_tensor(coefficient).log())
             self.integral.copy_(self.log_coefficient)
@@ -143,12 +148,15 @@ class L0Controller(nn.Module):
         if isinstance(l0, SparseCodes):
             l0 = (l0.values != 0).sum() / len(l0)
         gap = (l0.to(self.integral.dtype) / target).clamp_min(1e-3).log()
-        self.first_gap.copy_(torch.where(self.first_gap.isnan(), gap, self.first_gap))
+        self.first_gap.copy_(torch.where(self.first_gap.isinf(), gap, self.first_gap))
         glide = self.config.coefficient_warmup
         ahead = max(0.0, 1 - (batch.progress / glide if glide else 1.0))
         error = (gap - ahead * self.first_gap).clamp(-1, 1)
-        self.integral += min(INTEGRAL / batch.steps, FASTEST) * error
-        self.integral.clamp_(self.first_log_coefficient - RANGE[0], self.first_log_coefficient + RANGE[1])
+        gain = min(INTEGRAL / batch.steps, FASTEST)
+        if not ahead:
+            self.trend += TREND * gain**2 * error
+        self.integral += gain * error + self.trend
+        self.integral.clamp_(self.first_log_coefficient - math.log(BELOW), self.first_log_coefficient + math.log(ABOVE))
         self.log_coefficient.copy_(self.integral + PROPORTIONAL * error)
 
     def coefficient(self, batch: TrainingBatch) -> Tensor:
@@ -158,4 +166,3 @@ class L0Controller(nn.Module):
         if self.config.coefficient is not None and warmup:
             value = value * min(1.0, (batch.step + 1) / (warmup * batch.steps))
         return value
-

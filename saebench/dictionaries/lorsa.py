@@ -39,6 +39,7 @@ class Lorsa(DictionaryConfig):
 
     architecture = "lorsa"
     sequential = True
+    largest_lr_rise = 1.0  # what suits other short runs turns queries and keys too fast: most heads die
 
     k: int = Field(default=32, gt=0)
     """Heads active at each position, at most."""
@@ -51,14 +52,16 @@ class Lorsa(DictionaryConfig):
     initial: Literal["host", "random"] = "host"
     """Where queries and keys start: as those of the model's layer, or at random."""
     initial_directions: Literal["random", "active_subspace"] = "active_subspace"
-    """Where what heads read and write starts: at random, or by the model's value and output matrices, in the directions of each of
-    its heads that hold `active_share` of the values' variance (methods.md T13 c)."""
+    """Where what heads read and write starts: reading at random and writing what correlates with it, or by the model's value and output
+    matrices, in the directions of each of its heads that hold `active_share` of the values' variance (methods.md T13 c)."""
     active_share: float = Field(default=0.99, gt=0, le=1)
     """Share of the variance that the active subspace holds."""
     rotary_dim: int | None = Field(default=None, ge=0, multiple_of=2)
     """Coordinates of queries and keys that positions rotate; default those of the model."""
     rotary_base: float | None = Field(default=None, gt=0)
-    """Base of the rotary frequencies; default the model's own frequencies."""
+    """Base of the rotary frequencies; default that of the model."""
+    rotary_frequencies: tuple[float, ...] | None = None
+    """The frequencies themselves, in radians per position, for a model whose are not powers of one base."""
     scale: float | None = Field(default=None, gt=0)
     """Factor on q . k; default that of the model, or 1 / sqrt(d_qk) where no model is asked for."""
     soft_cap: float | None = Field(default=None, gt=0)
@@ -80,6 +83,8 @@ class Lorsa(DictionaryConfig):
             raise ValueError(f"num_qk={self.num_qk} does not divide d_sae={self.d_sae}: groups have equally many heads")
         if self.rotary_dim is not None and self.d_qk is not None and self.rotary_dim > self.d_qk:
             raise ValueError(f"rotary_dim={self.rotary_dim} exceeds d_qk={self.d_qk}: lower it")
+        if self.rotary_dim and self.rotary_base is None and 2 * len(self.rotary_frequencies or ()) != self.rotary_dim:
+            raise ValueError(f"rotary_dim={self.rotary_dim} needs rotary_base: give it, or leave both to the model")
         return self
 
     @property
@@ -93,8 +98,7 @@ class Lorsa(DictionaryConfig):
 
     @property
     def needs_lm(self) -> bool:
-        known = self.d_qk and self.rotary_dim is not None and (self.rotary_base or self.rotary_dim == 0)
-        return self.from_host or not known
+        return self.from_host or self.d_qk is None or self.rotary_dim is None
 
     @property
     def layer(self) -> int:
@@ -121,18 +125,21 @@ class Lorsa(DictionaryConfig):
         if (self.num_qk or self.d_sae) % step:
             raise UserError(f"{'num_qk' if self.num_qk else 'd_sae'} is not a multiple of the model's {step} heads: change it")
         rule, d_qk = host.rule, self.d_qk or host.d_head
-        fitting = [n for n in range(step, max(step, self.d_sae // d_qk) + 1, step) if self.d_sae % n == 0]
-        theta = (getattr(lm.hf.config, "rope_parameters", None) or {}).get("rope_theta")
-        same = theta is not None and torch.allclose(frequencies(len(rule.frequencies_R), theta), rule.frequencies_R.cpu())
-        update = {
-            "num_qk": self.num_qk or fitting[-1],
+        update: dict[str, Any] = {
+            "num_qk": self.num_qk or most_groups(self.d_sae, d_qk, step),
             "d_qk": d_qk,
-            "rotary_dim": 2 * len(rule.frequencies_R) if self.rotary_dim is None else self.rotary_dim,
-            "rotary_base": self.rotary_base or (theta if same else None),
             "scale": self.scale or rule.scale,
             "soft_cap": self.soft_cap or rule.soft_cap,
             "window": self.window or rule.window,
         }
+        if self.rotary_dim is None:
+            update["rotary_dim"] = 2 * len(rule.frequencies_R)
+        if self.rotary_dim is None and self.rotary_base is None:
+            base = (getattr(lm.hf.config, "rope_parameters", None) or {}).get("rope_theta")
+            if base is not None and torch.allclose(frequencies(len(rule.frequencies_R), base), rule.frequencies_R.cpu()):
+                update["rotary_base"] = base
+            else:
+                update["rotary_frequencies"] = tuple(rule.frequencies_R.tolist())
         return self.model_copy(update=update)
 
     def build(self) -> Dictionary:
@@ -141,9 +148,14 @@ class Lorsa(DictionaryConfig):
         return super().build()
 
 
+def most_groups(d_sae: int, d_qk: int, step: int = 1) -> int:
+    """The largest number of groups, a multiple of `step` that divides d_sae, that leaves at least d_qk heads in each if any does."""
+    return max(n for n in range(step, d_sae + 1, step) if d_sae % n == 0 and (n == step or n * d_qk <= d_sae))
+
+
 def frequencies(pairs: int, base: float) -> Tensor:
     """Rotary frequencies in radians per position: base^(-i / pairs), [pairs]."""
-    return base ** -(torch.arange(pairs) / max(1, pairs))
+    return torch.tensor([base ** (-i / pairs) for i in range(pairs)])
 
 
 @register(Lorsa)
@@ -156,10 +168,7 @@ class LorsaDictionary(Dictionary):
         super().__init__(config)
         d_in, d_out, d_sae = config.d_in, config.width_out, config.d_sae
         assert d_in is not None and config.d_qk is not None
-        d_qk, groups = (
-            config.d_qk,
-            config.num_qk or max(n for n in range(1, d_sae + 1) if d_sae % n == 0 and n * config.d_qk <= d_sae),
-        )
+        d_qk, groups = config.d_qk, config.num_qk or most_groups(d_sae, config.d_qk)
         self.W_Q, self.W_K = (nn.Parameter(torch.zeros(groups, d_in, d_qk)) for _ in range(2))
         self.b_Q, self.b_K = (nn.Parameter(torch.zeros(groups, d_qk)) for _ in range(2))
         self.W_V_FD = nn.Parameter(torch.zeros(d_sae, d_in))  # by rows, as decoders are
@@ -167,7 +176,9 @@ class LorsaDictionary(Dictionary):
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_out))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         pairs = (config.rotary_dim or 0) // 2
-        self.register_buffer("rotary_frequencies", frequencies(pairs, config.rotary_base or 1.0))
+        known = torch.tensor(config.rotary_frequencies or ())
+        frequencies_R = known if config.rotary_base is None else frequencies(pairs, config.rotary_base)
+        self.register_buffer("rotary_frequencies", frequencies_R, persistent=False)
         self.register_buffer("variance", torch.ones(()))  # of the target per coordinate: makes the loss scale-free
         self.rotary_frequencies: Tensor
         self.variance: Tensor
@@ -226,14 +237,13 @@ class LorsaDictionary(Dictionary):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
-        """Queries and keys as the model's, or Xavier; directions by the model's matrices, or random; values centred, so that a head
-        is positive about half the time; all values scaled so that outputs spread as the targets do."""
+        """Queries and keys as the model's, or Xavier. Directions by the model's matrices; or random ones to read, and to write the
+        target's covariance with what they gather. Values are centred, so that a head is positive about half the time, and
+        scaled so that all outputs together miss the target least."""
         config, y_BD = self.config, y[:, SKIP:].flatten(0, 1)
         self.variance.copy_((y_BD - y_BD.mean(0)).square().mean())
         self.b_dec.copy_(y_BD.mean(0))
-        host = attention_weights(lm, config.layer) if config.needs_lm else None
-        if host is not None and config.rotary_base is None:
-            self.rotary_frequencies.copy_(host.rule.frequencies_R)
+        host = attention_weights(lm, config.layer) if config.from_host else None
         for W, b, name in ((self.W_Q, self.b_Q, "Q"), (self.W_K, self.b_K, "K")):
             b.zero_()
             if config.initial == "host":
@@ -241,19 +251,27 @@ class LorsaDictionary(Dictionary):
                 self._copy(getattr(host, f"W_{name}_HDE"), getattr(host, f"b_{name}_HE"), W, b)
             else:
                 W.copy_(torch.randn(W.shape, generator=generator) * (2 / (W.shape[1] + W.shape[2])) ** 0.5)
-        if config.initial_directions == "active_subspace":
+        follow = config.initial_directions == "active_subspace"
+        if follow:
             assert host is not None
             self._follow_host(host, x, generator)
         else:
-            for rows in (self.W_V_FD, self.W_dec):
-                rows.copy_(random_unit_rows(rows.shape[0], rows.shape[1], generator))
+            self.W_V_FD.copy_(random_unit_rows(len(self.W_V_FD), x.shape[2], generator))
         self.b_V.zero_()
-        x = x[:SAMPLE_CONTEXTS]
-        self.b_V.copy_(-head_outputs(x, self.heads, self.rule)[:, SKIP:].mean((0, 1)))
-        written_BD = sparse_decode(self._select(x, SKIP), self.W_dec)
-        ratio = y_BD.std(0).norm() / written_BD.std(0).norm().clamp_min(1e-12)
-        self.W_V_FD *= ratio
-        self.b_V *= ratio
+        mean_F = torch.zeros_like(self.b_V)
+        x_CSD, y_CSD = x[:SAMPLE_CONTEXTS], y[:SAMPLE_CONTEXTS, SKIP:] - self.b_dec
+        for x_1SD, y_SD in zip(x_CSD.split(1), y_CSD, strict=True):  # z of all heads is large
+            z_SF = head_outputs(x_1SD, self.heads, self.rule)[0, SKIP:]
+            mean_F += z_SF.sum(0)
+            if not follow:
+                self.W_dec += z_SF.T @ y_SD
+        scale_to_unit(self.W_dec)
+        self.b_V -= mean_F / y_CSD[..., 0].numel()
+        written_BD = sparse_decode(self._select(x_CSD, SKIP), self.W_dec)
+        factor = (written_BD * y_CSD.flatten(0, 1)).sum() / written_BD.square().sum().clamp_min(1e-12)
+        factor = factor if factor > 0 else y_CSD.norm() / written_BD.norm().clamp_min(1e-12)
+        self.W_V_FD *= factor
+        self.b_V *= factor
 
     def _copy(self, W_HDE: Tensor, b_HE: Tensor, W_GDE: Tensor, b_GE: Tensor) -> None:
         """Set queries or keys to the model's, each head's repeated, in terms of normalised inputs."""

@@ -21,9 +21,11 @@ from saebench.dictionaries.sae import Fit, SparseAutoencoder, Weights
 from saebench.dictionaries.scaling import Scaling
 from saebench.kernels import encode_above
 
-FREE_NORM = 0.1  # of decoder and encoder rows at the start, where the decoder is free
+FREE_NORM = 0.1  # of the rows of a free decoder and its encoder at the start, where biases start at 0
 RECENT = 10  # batches whose penalties say how to go on after a change of p
-SMOOTHING = 0.01  # what is added to a latent under the power p, in units of the target's standard deviation: bounds the slope at 0
+SMOOTHING = (
+    0.01  # what is added to a latent under the power p, in units of the target's standard deviation: bounds the slope at 0
+)
 
 
 class PNormRule(SparsityRule):
@@ -63,11 +65,14 @@ class PNormPenalty(nn.Module):
             self.recent_2Q: Tensor
 
     def power(self, step: int, steps: int) -> tuple[float, float]:
-        """p at a step, and p after the next change."""
+        """p at a step, and p after the next change. Changes are evenly spaced, the first at p_start, the last at p_end."""
         config, n = self.config, self.config.p_updates
-        passed = (step / steps - config.p_start) / (config.p_end - config.p_start)  # changes are evenly spaced, first and last included
-        changes = 0 if passed < 0 else min(n, 1 + int(passed * (n - 1)) if n > 1 else 1)
-        return tuple(1 - (1 - config.p_final) * min(done, n) / n for done in (changes, changes + 1))
+        passed = (step / steps - config.p_start) / (config.p_end - config.p_start) + 1e-9  # a step that is just there counts
+        changes = 0 if passed < 0 else min(n, 1 + int(passed * (n - 1)))
+        return self._power_after(changes), self._power_after(min(n, changes + 1))
+
+    def _power_after(self, changes: int) -> float:
+        return 1 - (1 - self.config.p_final) * changes / self.config.p_updates
 
     def forward(self, codes: SparseCodes, batch: TrainingBatch, unit: Tensor) -> Tensor:
         """The penalty on a batch's codes; `unit` is the target's standard deviation per coordinate."""
@@ -75,11 +80,11 @@ class PNormPenalty(nn.Module):
         coefficient = self.sparsity.coefficient(batch)
         if not self.annealed:
             return coefficient * powers(codes, 1.0)
-        (p, p_next), (p_before, _) = (self.power(step, batch.steps) for step in (batch.step, batch.step - 1))
+        p, p_next = self.power(batch.step, batch.steps)
         penalty = powers(codes, p, SMOOTHING * unit)
         if self.training:
             with torch.no_grad():
-                if p != p_before:
+                if p != self.power(batch.step - 1, batch.steps)[0]:
                     old, new = self.recent_2Q.sum(1)
                     self.rescaling *= torch.where(new > 0, old / new, 1.0)
                     self.recent_2Q.zero_()
@@ -106,9 +111,9 @@ class ReLU(PNormRule):
 class ReLUDictionary(SparseAutoencoder):
     """z = (x - c b_dec) W_enc + b_enc; f = ReLU(z); x_hat = f W_dec + b_dec."""
 
-    config: ReLU
+    config: PNormRule
 
-    def __init__(self, config: ReLU):
+    def __init__(self, config: PNormRule):
         super().__init__(config)
         self.penalty = PNormPenalty(config)
 
@@ -124,11 +129,11 @@ class ReLUDictionary(SparseAutoencoder):
         return fit
 
     def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
-        if self.config.decoder == "free":
-            self.W_enc_FD *= FREE_NORM
-            self.W_dec *= FREE_NORM
         if self.config.first_l0 is not None:
             start_at_l0(self, x_BD, y_BD, self.config.first_l0)
+        elif self.config.decoder == "free":
+            self.W_enc_FD *= FREE_NORM
+            self.W_dec *= FREE_NORM
         self.penalty.sparsity.start(first_l1_coefficient(self.config, y_BD))
 
     # --- the finished dictionary has nothing of the training ---

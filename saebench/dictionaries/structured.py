@@ -1,10 +1,11 @@
-"""Structured sparse autoencoder (methods.md T18): what the latents hold is a sparse part, penalised by an annealed p-norm, and a part of low
-rank, penalised by its nuclear norm.
+"""Structured sparse autoencoder (methods.md T18): what the latents hold is a sparse part, penalised by an annealed p-norm, and a part
+of low rank, penalised by its nuclear norm.
 
-The sparse part S is that of the ReLU autoencoder with p-annealing, and it is what `encode` gives: the codes that are browsed, counted and steered. The
-low-rank part R = (x - c b_dec) P Q is dense over the latents, and is never made: what it writes is (x - c b_dec) P (Q W_dec).
-The nuclear norm is that of the batch's R divided by the square root of the number of tokens, so that it does not depend on their number; it is
-held down through its bound (mean_n ||x_n P||^2 + ||Q||_F^2) / 2, which is equal to it where the factors are balanced.
+The sparse part S is that of the ReLU autoencoder with p-annealing, and it is what `encode` gives: the codes that are browsed, counted
+and steered. The low-rank part R = (x - c b_dec) P Q is dense over the latents and is never made: what it writes is
+(x - c b_dec) P (Q W_dec). The nuclear norm is that of the batch's R divided by the square root of the number of tokens, so that it does
+not depend on their number. It is held down through its bound (mean_n ||x_n P||^2 + ||Q||_F^2) / 2, which equals it where the factors
+are balanced.
 Shape suffixes: `B` tokens, `D` width, `F` d_sae, `R` rank.
 """
 

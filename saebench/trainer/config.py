@@ -66,11 +66,11 @@ class TrainConfig(Config):
     def dead_after_tokens(self) -> int:
         return self.dead_after or min(DEAD_AFTER_TOKENS, max(self.batch_size, self.num_tokens // 10))
 
-    def lr_for(self, d_sae: int) -> float:
-        """The peak learning rate of a dictionary of this size."""
+    def lr_for(self, d_sae: int, largest_rise: float = 10.0) -> float:
+        """The peak learning rate of a dictionary of this size; a short run raises it by no more than `largest_rise`."""
         if self.lr is not None:
             return self.lr
-        return LR_AT_16K * (16384 / d_sae) ** 0.5 * min(10.0, max(1.0, LONG_RUN / self.num_tokens) ** 0.3)
+        return LR_AT_16K * (16384 / d_sae) ** 0.5 * min(largest_rise, max(1.0, LONG_RUN / self.num_tokens) ** 0.3)
 
     def resamples_after(self, step: int) -> bool:
         """Whether dead latents get a new start after this step: never in the first warm-up or the last decay."""

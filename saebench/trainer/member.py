@@ -26,7 +26,7 @@ class Member:
         of the logged FVU."""
         self.dictionary, self.training, self.read, self.write = dictionary, training, read, write
         config, device = dictionary.config, mean_D.device
-        self.lr = config.lr or training.lr_for(config.d_sae)
+        self.lr = config.lr or training.lr_for(config.d_sae, config.largest_lr_rise)
         self.seed = training.seed if config.seed is None else config.seed
         self.mean_D = write(mean_D.float())
         betas = training.betas or config.betas

@@ -235,7 +235,7 @@ def test_training_on_a_models_stream_beats_the_mean_and_depends_on_the_start(str
     assert torch.equal(postings.counts_F, codes.firings())
 
 
-def test_directions_start_in_the_space_of_the_hosts_heads(stream, tiny_lm):
+def test_where_directions_start(stream, tiny_lm):
     sample = {site: encoded.decode() for site, encoded in stream.fetch(torch.arange(16), [READ, WRITE]).items()}
     member = Member.create(Lorsa(d_sae=32, k=8, **PLACES), TrainConfig(), sample, lm=tiny_lm)
     host = attention_weights(tiny_lm, 1)
@@ -244,9 +244,15 @@ def test_directions_start_in_the_space_of_the_hosts_heads(stream, tiny_lm):
         basis = torch.linalg.qr(host.W_O_HED[head].T).Q
         torch.testing.assert_close(rows @ basis @ basis.T, rows, rtol=0, atol=1e-5)
     torch.testing.assert_close(member.dictionary.W_dec.norm(dim=1), torch.ones(32))
-    y = member.write(sample[WRITE])[:, 1:].flatten(0, 1)
-    y_hat = member.dictionary.reconstruct_contexts(member.read(sample[READ]))[1]
-    assert float(y_hat.std(0).norm() / y.std(0).norm()) == pytest.approx(1, rel=1e-3)
+    for initial_directions in ("random", "active_subspace"):
+        config = Lorsa(d_sae=32, k=8, initial_directions=initial_directions, **PLACES)
+        member = Member.create(config, TrainConfig(), sample, lm=tiny_lm)
+        y = member.write(sample[WRITE])[:, 1:].flatten(0, 1)
+        codes, y_hat = member.dictionary.reconstruct_contexts(member.read(sample[READ]))
+        error, written = (y - y_hat).detach(), (y_hat - y.mean(0)).detach()
+        assert abs(float((error * written).sum() / written.square().sum())) < 1e-3  # no other scale would miss the target less
+        assert float(error.square().sum()) < 0.95 * float((y - y.mean(0)).square().sum())
+        assert float((codes.firings() > 0).float().mean()) == 1
 
 
 def test_resuming_is_exact(stream, tmp_path, monkeypatch):
@@ -291,6 +297,7 @@ def test_ordered_tensors_without_a_model_train_too():
         ({"site": ("a", "b")}, "lorsa reads one site"),
         ({"target": READ}, "lorsa reads one site"),
         ({"d_qk": 4, "rotary_dim": 6}, "rotary_dim=6 exceeds d_qk=4"),
+        ({"rotary_dim": 6}, "rotary_dim=6 needs rotary_base"),
     ],
 )
 def test_wrong_configurations_are_refused(settings, message):
@@ -328,9 +335,19 @@ def test_data_without_order_or_model_are_refused():
         random_lorsa().encode(torch.zeros(5, 6))
 
 
-def test_frequencies_are_those_of_rotary_positions(llama):
+def test_frequencies_are_those_of_the_model(llama, tmp_path):
     rule = attention_weights(llama, 0).rule
     torch.testing.assert_close(frequencies(4, 10_000.0), rule.frequencies_R)
-    config = Lorsa(d_sae=32, k=4, **PLACES).for_lm(llama)
-    assert (config.rotary_dim, config.rotary_base, config.needs_lm) == (8, 10_000.0, True)
+    config = Lorsa(d_sae=32, k=4, d_in=32, d_out=32, **PLACES).for_lm(llama)
+    assert (config.rotary_dim, config.rotary_base, config.rotary_frequencies) == (8, 10_000.0, None)
     assert config.for_lm(llama) == config
+    rotary = llama.hf.model.rotary_emb
+    before, rotary.inv_freq = rotary.inv_freq, rotary.inv_freq * torch.tensor([1.0, 1.0, 0.5, 0.1])  # as long-context models have
+    try:
+        scaled = Lorsa(d_sae=32, k=4, d_in=32, d_out=32, **PLACES).for_lm(llama)
+    finally:
+        rotary.inv_freq = before
+    assert scaled.rotary_base is None
+    scaled.build().save(tmp_path / "lorsa")
+    frequencies_R = sb.load(tmp_path / "lorsa").rotary_frequencies
+    torch.testing.assert_close(frequencies_R, rule.frequencies_R * torch.tensor([1.0, 1.0, 0.5, 0.1]))
