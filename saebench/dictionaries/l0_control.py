@@ -24,7 +24,6 @@ from saebench.dictionaries.sae import SAEConfig, SparseAutoencoder
 PROPORTIONAL = 3.0  # rise of the log coefficient where L0 is e times the reference
 INTEGRAL = 45.0  # what the log coefficient rises by over the whole run in that case,
 FASTEST = 0.2  # and at most in a step: short runs must not integrate faster than L0 can follow
-TREND = 0.05  # how fast the lasting drift of the coefficient that L0 needs is learned, of the square of the integral's gain
 BELOW, ABOVE = 20, 200  # times the first coefficient, where the integral ends: going on would change nothing but the way back
 FIRST_L0 = 2.0  # of the target, at the start
 START_TOKENS = 8192  # by which biases are set
@@ -120,15 +119,13 @@ class L0Controller(nn.Module):
     def __init__(self, config: SparsitySettings):
         super().__init__()
         self.config = config
-        self.register_buffer("log_coefficient", torch.tensor(0.0 if config.coefficient is None else math.log(config.coefficient)))
+        self.register_buffer("log_coefficient", torch.zeros(()))
         self.register_buffer("integral", self.log_coefficient.clone())
         self.register_buffer("first_log_coefficient", self.log_coefficient.clone())
-        self.register_buffer("trend", torch.zeros(()))
         self.register_buffer("first_gap", torch.full((), math.inf))
         self.log_coefficient: Tensor
         self.integral: Tensor
         self.first_log_coefficient: Tensor
-        self.trend: Tensor
         self.first_gap: Tensor
 
     @torch.no_grad()
@@ -152,17 +149,13 @@ class L0Controller(nn.Module):
         glide = self.config.coefficient_warmup
         ahead = max(0.0, 1 - (batch.progress / glide if glide else 1.0))
         error = (gap - ahead * self.first_gap).clamp(-1, 1)
-        gain = min(INTEGRAL / batch.steps, FASTEST)
-        if not ahead:
-            self.trend += TREND * gain**2 * error
-        self.integral += gain * error + self.trend
+        self.integral += min(INTEGRAL / batch.steps, FASTEST) * error
         self.integral.clamp_(self.first_log_coefficient - math.log(BELOW), self.first_log_coefficient + math.log(ABOVE))
         self.log_coefficient.copy_(self.integral + PROPORTIONAL * error)
 
     def coefficient(self, batch: TrainingBatch) -> Tensor:
         """The coefficient of this step: 0-dim, without gradient."""
-        value = self.log_coefficient.exp()
-        warmup = self.config.coefficient_warmup
-        if self.config.coefficient is not None and warmup:
-            value = value * min(1.0, (batch.step + 1) / (warmup * batch.steps))
-        return value
+        fixed, rise = self.config.coefficient, self.config.coefficient_warmup * batch.steps
+        if fixed is None:
+            return self.log_coefficient.exp()
+        return torch.full_like(self.log_coefficient, fixed * (min(1.0, (batch.step + 1) / rise) if rise else 1.0))

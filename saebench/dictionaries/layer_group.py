@@ -77,6 +77,10 @@ class LayerGroup(DictionaryConfig):
         return self.base_for(self.reads[0]).betas
 
     @property
+    def largest_lr_rise(self) -> float:  # type: ignore[override]
+        return self.base_for(self.reads[0]).largest_lr_rise
+
+    @property
     def needs_lm(self) -> bool:
         return self.base_for(self.reads[0]).needs_lm
 

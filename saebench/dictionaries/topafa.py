@@ -2,8 +2,10 @@
 
 With nearly orthogonal unit atoms ||f|| is close to ||x_hat||, so the largest scores are taken until ||f|| comes nearest to ||x - b_dec||.
 L0 is an outcome, not a setting. The method has no encoder bias: b_enc is there as in the whole family, but fixed at 0.
-The book normalises every token to length sqrt(d - 1) (`token_ln`), which cannot be folded into weights; the nearest of ours is the default
-`sqrt_d`, by which tokens have that length on average.
+The book normalises every token to length sqrt(d - 1) (`token_ln`), which cannot be folded into weights; the nearest of ours is the
+default `sqrt_d` with `centre`, by which tokens have that length around their mean, as a root mean square. Without `centre` a large
+mean breaks the method: latents are counted by ||x - b_dec|| while the loss compares with ||x||, and a code that is too long for its count
+ends with one latent a token.
 Shape suffixes: `B` tokens, `b` tokens of a block, `D` width, `F` d_sae, `K` candidates, `N` entries.
 """
 
@@ -35,6 +37,8 @@ class TopAFA(SAEConfig):
     """Weight of (||f|| - ||x||)^2 beside the mean squared error of a coordinate; published 1/128 to 1/16."""
     aux_coefficient: float = Field(default=1 / 32, ge=0)
     """Weight of AuxK, by which dead latents learn to reconstruct the residual; 0 leaves it out."""
+    centre: bool = True
+    """Whether the mean of each site is subtracted while training, and folded into the biases afterwards."""
 
     @model_validator(mode="after")
     def _an_autoencoder_of_one_site(self) -> Self:

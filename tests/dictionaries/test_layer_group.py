@@ -270,6 +270,12 @@ def test_the_group_takes_normalisation_from_its_base_unless_told():
     assert names == SITES
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_the_group_trains_at_the_pace_of_its_base(base):
+    config, alone = group(base), CONFIGS[base.split()[0]]
+    assert config.betas == alone.betas and config.largest_lr_rise == alone.largest_lr_rise
+
+
 def test_settings_of_the_group_reach_training():
     source = planted(500)
     weights = {

@@ -183,13 +183,23 @@ def test_training_lowers_the_error_keeps_the_encoder_bias_at_zero_and_logs_the_o
     assert 1 < rows[-1]["l0"] < 48
 
 
+def test_centring_keeps_a_large_mean_from_breaking_the_count():
+    x = PlantedDictionary(num_features=48, width=24, l0=4, offset=8.0).sample(4000)[0]
+    training = sb.TrainConfig(num_tokens=128 * 100, batch_size=128)
+    configs = [sb.TopAFA(d_sae=48, centre=centre) for centre in (True, False)]
+    errors = []
+    for sae in sb.train(configs, TensorSource({"x": x}), training):
+        errors.append(float((sae(x) - x).square().sum() / (x - x.mean(0)).square().sum()))
+    assert errors[0] < 0.5 * errors[1]
+
+
 def test_the_coefficient_brings_lengths_together():
     x, _ = PlantedDictionary(num_features=64, width=24, l0=4, seed=1).sample(4000)
     training = sb.TrainConfig(num_tokens=128 * 100, batch_size=128)
     configs = [sb.TopAFA(d_sae=48, afa_coefficient=c) for c in (0.0, 1.0)]
     gaps = []
     for sae in sb.train(configs, TensorSource({"x": x}), training):
-        gaps.append(float((sae.encode(x).to_dense().norm(dim=1) - x.norm(dim=1)).square().mean()))
+        gaps.append(float((sae.encode(x).to_dense().norm(dim=1) - (x - x.mean(0)).norm(dim=1)).square().mean()))
     assert gaps[1] < gaps[0]
 
 
