@@ -86,7 +86,7 @@ class Recipe(Config):
 
     name: str = Field(pattern=NAME)
     """Name of the run; its directory is runs/NAME unless --out says otherwise."""
-    modules: list[str] = []
+    modules: tuple[str, ...] = ()
     """Python files, or modules by name, that define architectures of your own."""
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()

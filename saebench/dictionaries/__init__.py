@@ -16,13 +16,13 @@ from saebench.dictionaries.clt_jumprelu import CLTJumpReLU
 from saebench.dictionaries.crosscoder import Crosscoder
 from saebench.dictionaries.csr import CSR
 from saebench.dictionaries.discrete import Discrete
+from saebench.dictionaries.gated import Gated
 from saebench.dictionaries.jumprelu import JumpReLU
 from saebench.dictionaries.layer_group import LayerGroup
 from saebench.dictionaries.lorsa import Lorsa
 from saebench.dictionaries.matching_pursuit import MatchingPursuit
 from saebench.dictionaries.matryoshka import Matryoshka
 from saebench.dictionaries.relu import ReLU
-from saebench.dictionaries.gated import Gated
 from saebench.dictionaries.sae import SAEConfig, SparseAutoencoder
 from saebench.dictionaries.scaling import Scaling
 from saebench.dictionaries.structured import Structured

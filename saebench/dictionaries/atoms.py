@@ -33,7 +33,10 @@ class Threshold(SparsitySettings):
 
     normalise: Literal["none"] = "none"
     """Whitening makes every scale of the input the same."""
-    floor: float = Field(default=1e-6, gt=0, lt=1)
+    centre: bool = True
+    """Whether the mean is subtracted while training, and folded into the biases afterwards; without, a large mean is one of the
+    directions that whitening shrinks to the size of all others, and errors along it are large in the space of the activations."""
+    floor: float = Field(default=1e-2, gt=0, lt=1)
     """Smallest eigenvalue of the second moment that is inverted as it is, as a share of the largest."""
     bandwidth: float = Field(default=0.5, gt=0)
     """Width of the window around a threshold in which entries give it a gradient, in standard deviations of whitened coordinates."""

@@ -97,11 +97,16 @@ def health(figures: Mapping[str, Any]) -> str:
     """Dead latents and gamma = ||mean|| / spread of what is read, in words, with what helps."""
     density = figures["density"]
     dead, rare = sum(d == 0 for d in density), sum(0 < d < RARE for d in density)
-    text = f"{dead:,} of {len(density):,} latents never fired on {figures['tokens']:,} held-out tokens, {rare:,} on fewer than one in {1 / RARE:,.0f}."
+    tokens = f"{figures['tokens']:,} held-out tokens"
+    text = f"{dead:,} of {len(density):,} latents never fired on {tokens}, {rare:,} on fewer than one in {1 / RARE:,.0f}."
     if gammas := figures.get("gamma"):
         text += f" gamma = ||mean|| / spread of the activations: {', '.join(f'{site} {gamma:.2f}' for site, gamma in gammas.items())}."
         if dead > MANY_DEAD * len(density):
-            cure = "centre = true" if max(gammas.values()) > 1 else 'initial_directions = "active_subspace", or aux_coefficient above 0'
+            cure = (
+                "centre = true"
+                if max(gammas.values()) > 1
+                else 'initial_directions = "active_subspace", or aux_coefficient above 0'
+            )
             text += f" Many are dead: try {cure} in the recipe."
     return text
 

@@ -36,7 +36,6 @@ SMALL = {
     "transcoder": {"k": 4, "site": MLP_IN[1], "target": MLP_OUT[1]},
     "crosscoder": {"k": 4, "site": [RESID, "blocks.0.hook_resid_post"]},
     "clt": {"k": 4, "site": MLP_IN, "target": MLP_OUT},
-    "clt_jumprelu": {"site": MLP_IN, "target": MLP_OUT},
     "clt_jumprelu": {"target_l0": 6, "site": MLP_IN, "target": MLP_OUT},
     "lorsa": {"k": 4, "site": ATTN_IN, "target": ATTN_OUT},
     "layer_group": {"site": [RESID, "blocks.0.hook_resid_post"], "base": {"architecture": "topk", "k": 4}},

@@ -255,6 +255,13 @@ def test_where_directions_start(stream, tiny_lm):
         assert float((codes.firings() > 0).float().mean()) == 1
 
 
+def test_short_runs_do_not_raise_the_learning_rate(stream, tiny_lm):
+    sample = {site: encoded.decode() for site, encoded in stream.fetch(torch.arange(4), [READ, WRITE]).items()}
+    short = TrainConfig(num_tokens=100_000)
+    assert Member.create(Lorsa(d_sae=256, k=8, **PLACES), short, sample, lm=tiny_lm).lr == pytest.approx(8 * 2e-4)
+    assert short.lr_for(256) == pytest.approx(80 * 2e-4)
+
+
 def test_resuming_is_exact(stream, tmp_path, monkeypatch):
     config = Lorsa(d_sae=32, k=4, aux_coefficient=0.1, **PLACES)
     training = sb.TrainConfig(num_tokens=2560, batch_size=256, checkpoint_every=4, dead_after=256)
