@@ -55,12 +55,14 @@ def main() -> int:
     result = {
         "date": date.today().isoformat(),
         "machine": machine.describe(),
-        "arguments": vars(arguments) | {"out": None},
+        "arguments": vars(arguments) | {"out": None, "reuse": arguments.reuse and arguments.reuse.name},
         "shape": vars(SHAPES[arguments.shape]),
         "load_average_start": os.getloadavg()[0],
         "versions": {},
-        "quality": {a: {str(lr): dict.fromkeys(arguments.peers) for lr in arguments.lr} for a in arguments.architectures},
+        "quality": {a: {str(lr): dict.fromkeys(CONTESTANTS) for lr in arguments.lr} for a in arguments.architectures},
     }
+    if arguments.reuse is not None:
+        take_over(json.loads(arguments.reuse.read_text()), result)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers must be ended in either case
     start = perf_counter()
     for peer in arguments.peers:
@@ -209,6 +211,19 @@ class Contest:
         return point
 
 
+def take_over(earlier: dict, result: dict) -> None:
+    """What an earlier run, under the same conditions, found about the peers that are not run now."""
+    for name in ("shape", "seeds", "steps", "l0"):
+        now, then = ((r["shape"] if name == "shape" else r["arguments"][name]) for r in (result, earlier))
+        if now != then:
+            raise SystemExit(f"--reuse: {name} was {then} there and is {now} now")
+    for architecture, rates in result["quality"].items():
+        for rate, peers in rates.items():
+            found = earlier["quality"].get(architecture, {}).get(rate, {})
+            peers |= {name: found.get(name) for name in peers if name not in result["arguments"]["peers"]}
+    result["versions"] |= earlier["versions"]
+
+
 def write(result: dict, stem: Path) -> None:
     """`stem`.json with every run, `stem`.md with the tables under a head that says where and when."""
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
@@ -227,6 +242,8 @@ def write(result: dict, stem: Path) -> None:
         f"runs at a time with {arguments['threads']} threads each; {result['minutes']:.0f} minutes; load average "
         f"{result['load_average_start']:.1f} at the start, {result['load_average_end']:.1f} at the end.\n\n{versions}\n\n"
     )
+    if arguments["reuse"]:
+        head += f"Run now: {', '.join(arguments['peers'])}; the others' runs are those of {arguments['reuse']}.\n\n"
     stem.with_suffix(".md").write_text(head + tables(result["quality"]))
 
 
@@ -262,6 +279,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--parallel", type=at_least(1), default=2, help="runs at a time")
     parser.add_argument("--threads", type=at_least(1), default=1, help="threads of each run")
+    parser.add_argument("--reuse", type=Path, help="an earlier result (JSON) to take the peers from that are not run now")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     return parser.parse_args(arguments)
 

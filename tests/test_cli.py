@@ -381,7 +381,7 @@ def test_demo_runs_the_main_job_and_shows_it_again(call, workplace):
         ("training.lr=fast", "training.lr='fast': input should be a valid number"),
         ("dictionaries.0.k=65", "k=65 exceeds d_sae=64: lower k or raise d_sae (key dictionaries.0)"),
         ("dictionaries.0.d_in=33", "d_in=33 does not match site 'blocks.1.hook_resid_post', which is 32 wide"),
-        ("dictionaries.0.architecture=vae", "dictionaries.0.architecture='vae' is unknown: use one of topk"),
+        ("dictionaries.0.architecture=vae", "dictionaries.0.architecture='vae' is unknown: use one of batchtopk"),
         ("dictionaries.0.site=blocks.0.hook_mlp_out", "which activations.sites lacks: add it there"),
         (
             "activations.sites=['blocks.0.hook_mlp_out','blocks.1.hook_mlp_out']",

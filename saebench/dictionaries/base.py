@@ -321,9 +321,9 @@ def parse_dictionary(values: dict[str, Any], where: str) -> DictionaryConfig:
     values = dict(values)
     name = values.pop("architecture", None)
     if name is None:
-        raise UserError(f"missing key {where}.architecture: one of {', '.join(CONFIGS)}")
+        raise UserError(f"missing key {where}.architecture: one of {', '.join(sorted(CONFIGS))}")
     if name not in CONFIGS:
-        raise UserError(f"{where}.architecture={name!r} is unknown: use one of {', '.join(CONFIGS)}")
+        raise UserError(f"{where}.architecture={name!r} is unknown: use one of {', '.join(sorted(CONFIGS))}")
     return CONFIGS[name].parse(values, where)
 
 

@@ -22,6 +22,7 @@ from saebench.errors import UserError
 
 ROWS_AT_ONCE = 1024
 TOKENS_AT_ONCE = 4096
+FLOOR = Threshold.model_fields["floor"].default
 
 
 class Coder(Protocol):
@@ -100,26 +101,30 @@ def r_squared(dictionary: Coder, x_BD: Tensor) -> tuple[float, Tensor]:
     return 1 - error / spread, torch.cat(l0)
 
 
-def random_atoms(x_BD: Tensor, d_sae: int, l0: float, *, seed: int = 0, floor: float = 1e-6) -> ThresholdDictionary:
+def random_atoms(
+    x_BD: Tensor, d_sae: int, l0: float, *, seed: int = 0, floor: float = FLOOR, centre: bool = True
+) -> ThresholdDictionary:
     """The baseline: random atoms in the whitened space of a sample [B, D], thresholds that leave `l0` of them active, each equally
     often, and one factor on the latents that fits the sample best."""
-    config = Threshold(d_sae=d_sae, d_in=x_BD.shape[1], target_l0=l0, floor=floor)
-    dictionary = ThresholdDictionary(config)
-    dictionary.initialise(x_BD, x_BD, torch.Generator().manual_seed(seed))
-    identity = Scaling.identity(x_BD.shape[1])
-    dictionary.fold(identity, identity)
+    dictionary = ThresholdDictionary(Threshold(d_sae=d_sae, d_in=x_BD.shape[1], target_l0=l0, floor=floor, centre=centre))
+    mean_D = x_BD.mean(0) if centre else torch.zeros_like(x_BD[0])
+    dictionary.initialise(x_BD - mean_D, x_BD - mean_D, torch.Generator().manual_seed(seed))
+    scaling = Scaling(mean_D, torch.ones_like(mean_D))
+    dictionary.fold(scaling, scaling)
     with torch.no_grad():
-        written_BD = dictionary(x_BD[:TOKENS_AT_ONCE])
-        factor = (written_BD * x_BD[:TOKENS_AT_ONCE]).sum() / written_BD.square().sum().clamp_min(1e-30)
+        sample_BD = x_BD[:TOKENS_AT_ONCE]
+        written_BD = dictionary(sample_BD) - mean_D
+        factor = (written_BD * (sample_BD - mean_D)).sum() / written_BD.square().sum().clamp_min(1e-30)
         for tensor in (dictionary.W_enc_FD, dictionary.b_enc, dictionary.threshold):
             tensor *= factor.clamp_min(1e-6)
     return dictionary.eval().requires_grad_(False)
 
 
 def atom_figures(
-    dictionary: Coder, fit_BD: Tensor, held_out_BD: Tensor, *, floor: float = 1e-6, seed: int = 0
+    dictionary: Coder, fit_BD: Tensor, held_out_BD: Tensor, *, floor: float = FLOOR, centre: bool = True, seed: int = 0
 ) -> dict[str, float]:
-    """How atom-like a dictionary with decoder rows `W_dec` is. S comes from `fit_BD`, R^2 and L0 from `held_out_BD` (raw activations).
+    """How atom-like a dictionary with decoder rows `W_dec` is. S comes from `fit_BD`, with `centre` from its deviations from the mean,
+    and R^2 and L0 from `held_out_BD` (raw activations).
 
     r_squared, l0; mean and largest atomic coherence; unique_support, the L0 up to which codes are certainly unique; q_star; and
     r_squared, mean coherence and q_star of random atoms with the same L0. Raises UserError for a dictionary that has no decoder rows as
@@ -127,10 +132,10 @@ def atom_figures(
     atoms_FD = getattr(dictionary, "W_dec", None)
     if not isinstance(atoms_FD, Tensor) or atoms_FD.shape[1] != fit_BD.shape[1]:
         raise UserError(f"atoms are decoder rows as wide as the activations, {fit_BD.shape[1]}: this dictionary has none")
-    whiten_DD, _ = whitening(second_moment(fit_BD), floor)
+    whiten_DD, _ = whitening(second_moment(fit_BD - fit_BD.mean(0) if centre else fit_BD), floor)
     r2, l0_B = r_squared(dictionary, held_out_BD)
     mean_l0 = float(l0_B.double().mean())
-    random = random_atoms(fit_BD, len(atoms_FD), min(max(mean_l0, 1e-3), len(atoms_FD)), seed=seed, floor=floor)
+    random = random_atoms(fit_BD, len(atoms_FD), min(max(mean_l0, 1e-3), len(atoms_FD)), seed=seed, floor=floor, centre=centre)
     random_r2, random_l0_B = r_squared(random, held_out_BD)
     whitened, whitened_random = atoms_FD.double() @ whiten_DD, random.W_dec.double() @ whiten_DD
     mu = coherence(whitened)

@@ -131,7 +131,7 @@ def test_random_atoms_have_the_stated_l0_on_other_tokens_and_a_fitted_scale():
     assert 0 < r2 < 0.9
     with torch.no_grad():
         for factor in (0.9, 1.1):
-            other = (random(x) * factor - x).square().sum()
+            other = ((random(x) - random.b_dec) * factor + random.b_dec - x).square().sum()
             assert other > (random(x) - x).square().sum()
     assert not torch.equal(random.W_dec, random_atoms(x, 60, 5, seed=1).W_dec)
 
@@ -147,12 +147,14 @@ def test_figures_of_trained_atoms_beside_random_ones():
     assert figures["r_squared"] > 0.9 > figures["random_r_squared"]
     assert figures["random_l0"] == pytest.approx(figures["l0"], rel=0.1)
     assert 0 < figures["q_star"] <= 1
-    whiten, _ = whitening(second_moment(x[:25_000]))
+    whiten, _ = whitening(second_moment(x[:25_000] - x[:25_000].mean(0)), trained.config.floor)
     assert figures["coherence"] == pytest.approx(coherence(trained.W_dec.double() @ whiten))
     assert figures["mean_coherence"] < figures["coherence"]
     assert figures["unique_support"] == unique_support(figures["coherence"])
-    other_floor = atom_figures(trained, x[:25_000], x[25_000:], floor=0.5)
-    assert other_floor["mean_coherence"] != figures["mean_coherence"]
+    for options in ({"floor": 0.5}, {"centre": False}):
+        other = atom_figures(trained, x[:25_000], x[25_000:], **options)
+        assert other["mean_coherence"] != figures["mean_coherence"]
+        assert other["random_r_squared"] != figures["random_r_squared"]
 
 
 def test_a_dictionary_without_atoms_of_this_width_is_refused():
