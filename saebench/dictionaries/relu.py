@@ -35,9 +35,9 @@ class PNormRule(SparsityRule):
     """The power p of the penalty sum_i f_i^p at the end; below 1 it is annealed down from 1."""
     p_updates: int = Field(default=10, gt=0)
     """Number of equal steps in which p falls."""
-    p_start: float = Field(default=0.3, ge=0, lt=1)
+    p_start: float = Field(default=0.2, ge=0, lt=1)
     """Share of the steps before p first changes."""
-    p_end: float = Field(default=0.8, gt=0, le=1)
+    p_end: float = Field(default=0.6, gt=0, le=1)
     """Share of the steps after which p is p_final."""
 
     @model_validator(mode="after")

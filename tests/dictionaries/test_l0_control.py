@@ -53,20 +53,41 @@ def test_a_stated_l0_is_reached_on_held_out_data(kind, target, data):
     assert l0 == pytest.approx(target, rel=0.05)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", [16, 32, 64])
-@pytest.mark.parametrize("rule", ["ReLU", "Gated", "Structured"])
-def test_a_stated_l0_is_reached_on_the_bundled_model(rule, target, builtin_lm):
+@pytest.fixture(scope="module")
+def reached(builtin_lm):
+    """L0 on held-out text of every rule at three targets, defaults throughout, trained side by side on 300,000 tokens."""
     site = "blocks.2.hook_resid_post"
-    text, held_out = (sb.pack(sb.builtin_text(split), builtin_lm.tokenizer, 256) for split in ("train", "held_out"))
-    stream = sb.ActivationStream(builtin_lm, text, [site])
-    config = getattr(sb, rule)(d_sae=4096, target_l0=target)
-    trained = sb.train(config, stream, sb.TrainConfig(num_tokens=500_000))
-    l0s = []
-    for start in range(0, len(held_out), 32):
-        x_CSD = builtin_lm.read(held_out.ids_NS[start : start + 32], [site])[site]
-        l0s.append(trained.encode(x_CSD[:, 1:].flatten(0, 1)).l0().float())
-    assert float(torch.cat(l0s).mean()) == pytest.approx(target, rel=0.05)
+    contexts = sb.pack(sb.builtin_text(), builtin_lm.tokenizer, 256, 302_000)
+    held_out = sb.pack(sb.builtin_text("held_out"), builtin_lm.tokenizer, 256, 60_000)
+    configs = {(rule, target): getattr(sb, rule)(d_sae=4096, target_l0=target) for rule in RULES for target in TARGETS}
+    named = {f"{rule}-{target}": config for (rule, target), config in configs.items()}
+    stream = sb.ActivationStream(builtin_lm, contexts, [site])
+    trained = dict(zip(configs, sb.train(named, stream, sb.TrainConfig(num_tokens=300_000)), strict=True))
+    l0s: dict = {key: [] for key in configs}
+    for ids_NS in held_out.ids_NS.split(32):
+        x_BD = builtin_lm.read(ids_NS, [site])[site][:, 1:].flatten(0, 1)
+        for key, sae in trained.items():
+            l0s[key].append(sae.encode(x_BD).l0().float())
+    return {key: float(torch.cat(parts).mean()) for key, parts in l0s.items()}
+
+
+RULES, TARGETS = ("ReLU", "Gated", "Structured", "JumpReLU"), (16, 32, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        *RULES[:-1],
+        pytest.param(
+            "JumpReLU", marks=pytest.mark.xfail(reason="7 to 9 % too many in short runs: 17.2, 35.0 and 69.6", strict=False)
+        ),
+    ],
+)
+def test_a_stated_l0_is_reached_on_the_bundled_model(rule, target, reached):
+    assert reached[rule, target] == pytest.approx(target, rel=0.05)
 
 
 @pytest.mark.parametrize("start", [0.02, 30.0])
