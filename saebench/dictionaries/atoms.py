@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from saebench.codes import SparseCodes
 from saebench.dictionaries.base import Dictionary, Losses, TrainingBatch, register
 from saebench.dictionaries.geometry import project_out, random_unit_rows, scale_to_unit
-from saebench.dictionaries.jumprelu import LEAST, SAMPLE, SPEED, upper_quantile
+from saebench.dictionaries.jumprelu import LEAST, SAMPLE, SPEED, last_shift, upper_quantile
 from saebench.dictionaries.l0_control import L0Controller, SparsitySettings
 from saebench.dictionaries.sae import Weights
 from saebench.dictionaries.scaling import Scaling
@@ -80,6 +80,7 @@ class ThresholdDictionary(Dictionary):
         self.register_buffer("whiten_DD", torch.eye(d_in))
         self.register_buffer("colour_DD", torch.eye(d_in))
         self.sparsity = L0Controller(config)
+        self.shift: Tensor | None = None  # of log thresholds, after the step that is being taken
         self.whiten_DD: Tensor
         self.colour_DD: Tensor
         self.folded = False
@@ -132,6 +133,7 @@ class ThresholdDictionary(Dictionary):
         error_BD = sparse_decode(codes, self.atoms_FD) - x_BD
         l0 = counts_F.sum() / len(codes)
         self.sparsity.observe(l0.detach(), batch)
+        self.shift = last_shift(l0.detach(), batch, self.config.target_l0) if self.training else None
         coefficient = self.sparsity.coefficient(batch)
         width = batch.x.shape[1]
         whitened = error_BD.square().sum(1).mean() / width
@@ -147,6 +149,9 @@ class ThresholdDictionary(Dictionary):
     @torch.no_grad()
     def constrain(self, lr: float = 0.0) -> None:
         scale_to_unit(self.atoms_FD)
+        if self.shift is not None:
+            self.slow_log_threshold += self.shift / SPEED
+            self.shift = None
 
     # --- the finished dictionary is an ordinary one ---
 

@@ -32,6 +32,8 @@ TANH_FORM = {"decoder": "free", "straight_through": True, "bandwidth": 2.0, "pul
 QUADRATIC_WEIGHT = 5.0
 SAMPLE = 8192  # tokens from which thresholds are set
 SPEED = 4.0
+SETTLED = 0.8  # share of the steps after which thresholds also move together, straight towards the target,
+LAST_RATE = 0.05  # by this part of log(L0 / target) a step
 LEAST = 1e-3  # the smallest threshold set from data, in standard deviations: those of Gemma Scope start near 0.05
 
 
@@ -98,6 +100,7 @@ class JumpReLUDictionary(SparseAutoencoder):
         super().__init__(config)
         self.slow_log_threshold = nn.Parameter(torch.zeros(config.d_sae))
         self.sparsity = L0Controller(config)
+        self.shift: Tensor | None = None  # of log thresholds, after the step that is being taken
 
     def threshold_for(self, weights: Weights) -> Tensor:
         """Thresholds of the latents as the rule sees them: [F]."""
@@ -119,7 +122,9 @@ class JumpReLUDictionary(SparseAutoencoder):
             batch.x, weights.W_enc_FD, weights.b_enc_F, self.b_in, threshold_F, config.bandwidth * unit, config.straight_through
         )
         error_BD = self.write(codes, weights, batch.x) - batch.y
-        coefficient = self.coefficient(counts_F.detach().sum() / len(codes), batch)
+        l0 = counts_F.detach().sum() / len(codes)
+        self.shift = last_shift(l0, batch, config.target_l0) if self.training else None
+        coefficient = self.coefficient(l0, batch)
         loss = error_BD.square().sum(1).mean() + coefficient * self.penalty(codes, counts_F, unit)
         if config.pull:
             loss = loss + config.pull * unit * shortfall(batch.x, weights, self.b_in, codes, threshold_F)
@@ -177,6 +182,13 @@ class JumpReLUDictionary(SparseAutoencoder):
         else:
             self.slow_log_threshold += (factor.log() if isinstance(factor, Tensor) else math.log(factor)) / SPEED
 
+    @torch.no_grad()
+    def constrain(self, lr: float = 0.0) -> None:
+        super().constrain(lr)
+        if self.shift is not None:
+            self.slow_log_threshold += self.shift / SPEED
+            self.shift = None
+
     # --- the finished dictionary: `threshold` itself, and nothing of the training ---
 
     @torch.no_grad()
@@ -202,6 +214,14 @@ class JumpReLUDictionary(SparseAutoencoder):
         del self.slow_log_threshold, self.sparsity
         self.register_buffer("threshold", threshold_F)
         self.threshold: Tensor
+
+
+def last_shift(l0: Tensor, batch: TrainingBatch, target: float | None) -> Tensor | None:
+    """What to add to all log thresholds towards the end of training, so that L0 ends at its target: the coefficient acts slowly, and no
+    more once the learning rate has fallen; how latents share the L0 is settled by then. None where thresholds are left alone."""
+    if target is None or batch.progress < SETTLED:
+        return None
+    return LAST_RATE * (l0 / target).clamp(0.5, 2).log()
 
 
 def upper_quantile(x_BD: Tensor, weights: Weights, b_in_D: Tensor | None, share: float) -> Tensor:

@@ -239,6 +239,23 @@ def test_reaches_the_stated_l0_and_reconstructs_as_topk_does(planted, fvu_of_top
         assert fvu < 1.15 * fvu_of_topk
 
 
+def test_thresholds_move_together_towards_the_target_at_the_end_only():
+    sae, x, y = random_sae(initial_l0=8.0)
+    for step, moved in ((7, False), (8, True)):
+        before = sae.slow_log_threshold.detach().clone()
+        sae.losses(batch_of(sae, x, y, step))
+        sae.constrain()
+        shift = SPEED * (sae.slow_log_threshold.detach() - before)
+        torch.testing.assert_close(shift, torch.full((30,), 0.05 * math.log(2) if moved else 0.0), rtol=1e-3, atol=1e-6)
+        sae.constrain()  # once
+        torch.testing.assert_close(SPEED * (sae.slow_log_threshold.detach() - before), shift)
+    fixed, x, y = random_sae(coefficient=1.0)
+    before = fixed.slow_log_threshold.detach().clone()
+    fixed.losses(batch_of(fixed, x, y, 9))
+    fixed.constrain()
+    assert torch.equal(fixed.slow_log_threshold, before)
+
+
 def test_a_fixed_coefficient_trades_sparsity_for_error(planted):
     training = sb.TrainConfig(num_tokens=60_000, batch_size=400)
     (_, dense_fvu, dense_l0), (_, fvu, l0) = (
