@@ -8,7 +8,8 @@ import math
 from statistics import mean, stdev
 
 BASE = "ours"
-FIGURES = ("fvu", "recovered", "cosine")
+FIGURES = ("fvu", "recovered", "cosine", "dead")
+JUDGED = ("fvu", "recovered", "cosine")
 FAR = 1.3  # at least one run's L0 must be within this factor of the wanted one
 # 95 % quantile of Student's t by degrees of freedom: a difference beyond it, in standard errors, is not seed noise
 T_95 = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89, 8: 1.86, 9: 1.83}
@@ -21,7 +22,8 @@ def at_l0(points: list[dict], l0: float) -> dict[str, float]:
     Raises ValueError where no run came close.
     """
     if len(points) == 1:
-        return {name: points[0].get("at_l0", points[0])[name] for name in FIGURES}
+        figures = points[0] | points[0].get("at_l0", {})
+        return {name: figures[name] for name in FIGURES}
     below = sorted((point for point in points if point["l0"] <= l0), key=lambda point: point["l0"])
     above = sorted((point for point in points if point["l0"] > l0), key=lambda point: point["l0"])
     if not any(1 / FAR <= point["l0"] / l0 <= FAR for point in points):
@@ -35,7 +37,7 @@ def at_l0(points: list[dict], l0: float) -> dict[str, float]:
     between = lambda low, high: low + share * (high - low)  # noqa: E731
     return {
         "fvu": math.exp(between(math.log(first["fvu"]), math.log(second["fvu"]))),
-        **{name: between(first[name], second[name]) for name in ("recovered", "cosine")},
+        **{name: between(first[name], second[name]) for name in FIGURES if name != "fvu"},
     }
 
 
@@ -65,7 +67,7 @@ def judge(peers: dict[str, dict]) -> dict[str, dict]:
         if name == BASE or result["error"]:
             continue
         verdicts[name] = {}
-        for figure in FIGURES:
+        for figure in JUDGED:
             ours, theirs = ([values[figure] for values in peer["at_l0"]] for peer in (base, result))
             delta, error = difference(ours, theirs)
             words = verdict(delta, error, len(ours), lower_is_better=figure == "fvu")
@@ -83,13 +85,13 @@ def _row(name: str, result: dict, verdicts: dict | None) -> list[str]:
     if result["error"]:
         return [name, "failed", *["-"] * (len(HEAD) - 2)]
     finished = [run["point"] for run in result["runs"] if not run["error"]]
-    fvu, recovered, cosine = ([values[figure] for values in result["at_l0"]] for figure in FIGURES)
+    fvu, recovered, cosine, dead = ([values[figure] for values in result["at_l0"]] for figure in FIGURES)
     several = len(finished) > len(fvu)  # several runs per seed: their own L0 says nothing of the result
     cells = [name, *([_range([p["l0"] for p in finished], 1), "-"] if several else [_figure([p["l0"] for p in finished], 1)])]
     if not several:
         cells.append(_figure([p["fvu"] for p in finished], 4))
     cells += [_figure(fvu, 4), _delta(verdicts, "fvu", 4), _figure(recovered, 3), _delta(verdicts, "recovered", 3)]
-    cells += [_figure(cosine, 3), f"{mean(p['dead'] for p in finished):.3f}", f"{mean(p['cpu_seconds'] for p in finished):.0f}"]
+    cells += [_figure(cosine, 3), f"{mean(dead):.3f}", f"{mean(p['cpu_seconds'] for p in finished):.0f}"]
     words = "" if verdicts is None else f"FVU {verdicts['fvu']['verdict']}, recovery {verdicts['recovered']['verdict']}"
     return [*cells, words]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from saebench.dictionaries.base import Dictionary, register
@@ -23,7 +23,6 @@ from saebench.dictionaries.sae import SparseAutoencoder
 from saebench.errors import UserError
 
 FIRST_ONLY, SECOND_ONLY = 0.3, 0.7  # relative norms below and above which a latent belongs to one source
-INITIAL_NORM = 0.3  # measured: 1 leaves more error, 0.1 more dead latents
 
 
 class Crosscoder(BatchTopK):
@@ -33,6 +32,9 @@ class Crosscoder(BatchTopK):
 
     decoder: Literal["unit", "free"] = "free"
     """Decoder rows of unit length, or of any length with sparsity measured on f_i (||d_i^1|| + ... + ||d_i^H||)."""
+    initial_norm: float = Field(default=0.3, gt=0)
+    """Length of a free decoder's rows at the start, so that what a latent owns is learned and not drawn: 1 leaves more error, 0.1 more
+    dead latents."""
     subtract_b_dec: bool = False
     """Whether b_dec is subtracted from the input."""
     centre: bool = True
@@ -57,15 +59,10 @@ class CrosscoderDictionary(BatchTopKDictionary):
     config: Crosscoder
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
-        """As the family, with shorter rows in encoder and free decoder, so that what a latent owns is learned and not
-        drawn; and, where b_dec is not subtracted, with biases that do so to begin with."""
+        """As the family; and, where b_dec is not subtracted, with biases that do so to begin with."""
         super().initialise(x, y, generator, lm)
-        with torch.no_grad():
-            if self.config.decoder == "free":
-                self.W_enc_FD *= INITIAL_NORM
-                self.W_dec *= INITIAL_NORM
-                self.b_enc *= INITIAL_NORM
-            if self.config.rewrites and self.b_in is None:
+        if self.config.rewrites and self.b_in is None:
+            with torch.no_grad():
                 self.b_enc.copy_(-self.W_enc_FD @ self.b_dec)
 
 

@@ -9,7 +9,10 @@ Shape suffixes: `B` tokens, `D` width, `F` d_sae, `N` entries of codes.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
@@ -25,6 +28,14 @@ class Gated(SparsityRule):
 
     architecture = "gated"
     betas = (0.0, 0.999)
+    starts_above = 4.0
+
+    # Measured on planted data and on the bundled model: short free rows and a long way down to the target leave least error and find
+    # most directions.
+    decoder: Literal["unit", "free"] = "free"
+    """Decoder rows of unit length, or of any length with sparsity measured on f_i ||d_i||."""
+    coefficient_warmup: float = Field(default=0.8, ge=0, le=1)
+    """Share of the steps over which a fixed coefficient rises from 0, or L0 glides to target_l0."""
 
 
 @register(Gated)

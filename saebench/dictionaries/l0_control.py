@@ -10,7 +10,7 @@ token, as biases of 0 give, cost time and end in worse dictionaries.
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -25,7 +25,6 @@ PROPORTIONAL = 3.0  # rise of the log coefficient where L0 is e times the refere
 INTEGRAL = 45.0  # what the log coefficient rises by over the whole run in that case,
 FASTEST = 0.2  # and at most in a step: short runs must not integrate faster than L0 can follow
 BELOW, ABOVE = 20, 200  # times the first coefficient, where the integral ends: going on would change nothing but the way back
-FIRST_L0 = 2.0  # of the target, at the start
 START_TOKENS = 8192  # by which biases are set
 FIRST_SHRINKAGE = 0.2  # of a typical latent, by the first coefficient
 
@@ -68,9 +67,12 @@ class SparsitySettings(DictionaryConfig):
 class SparsityRule(SparsitySettings, SAEConfig):
     """Settings of members of the family whose loss has a sparsity penalty."""
 
+    starts_above: ClassVar[float] = 2.0
+    """How many times target_l0 latents are active per token at the start, where nothing else is said."""
+
     initial_l0: float | None = Field(default=None, gt=0)
-    """Latents active per token at the start, by biases that let every latent fire equally often; default twice target_l0, and biases
-    of 0 where the coefficient is fixed."""
+    """Latents active per token at the start, by biases that let every latent fire equally often; default twice target_l0 (gated: four
+    times), and biases of 0 where the coefficient is fixed."""
 
     @model_validator(mode="after")
     def _start_fits(self) -> Self:
@@ -83,7 +85,7 @@ class SparsityRule(SparsitySettings, SAEConfig):
         """Where L0 starts; None for biases of 0."""
         if self.initial_l0 is not None or self.target_l0 is None:
             return self.initial_l0
-        return min(FIRST_L0 * self.target_l0, self.d_sae / 2)
+        return min(self.starts_above * self.target_l0, self.d_sae / 2)
 
 
 @torch.no_grad()

@@ -21,7 +21,6 @@ from saebench.dictionaries.sae import Fit, SparseAutoencoder, Weights
 from saebench.dictionaries.scaling import Scaling
 from saebench.kernels import encode_above
 
-FREE_NORM = 0.1  # of the rows of a free decoder and its encoder at the start, where biases start at 0
 RECENT = 10  # batches whose penalties say how to go on after a change of p
 SMOOTHING = (
     0.01  # what is added to a latent under the power p, in units of the target's standard deviation: bounds the slope at 0
@@ -131,9 +130,8 @@ class ReLUDictionary(SparseAutoencoder):
     def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
         if self.config.first_l0 is not None:
             start_at_l0(self, x_BD, y_BD, self.config.first_l0)
-        elif self.config.decoder == "free":
-            self.W_enc_FD *= FREE_NORM
-            self.W_dec *= FREE_NORM
+        else:
+            super().set_thresholds(x_BD, y_BD)
         self.penalty.sparsity.start(first_l1_coefficient(self.config, y_BD))
 
     # --- the finished dictionary has nothing of the training ---

@@ -35,6 +35,8 @@ class SAEConfig(DictionaryConfig):
 
     decoder: Literal["unit", "free"] = "unit"
     """Decoder rows of unit length, or of any length with sparsity measured on f_i ||d_i||."""
+    initial_norm: float = Field(default=0.1, gt=0)
+    """Length of a free decoder's rows at the start: the shorter, the sooner they turn to where they are needed."""
     subtract_b_dec: bool = True
     """Whether an autoencoder subtracts b_dec from its input; a transcoder never does."""
     skip: bool = False
@@ -70,6 +72,11 @@ class SAEConfig(DictionaryConfig):
         if self.d_sae % self.group_latents:
             raise ValueError(f"group_latents={self.group_latents} does not divide d_sae={self.d_sae}")
         return self
+
+    @property
+    def first_norm(self) -> float:
+        """Length of the decoder's rows at the start."""
+        return self.initial_norm if self.decoder == "free" else 1.0
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,10 @@ class SparseAutoencoder(Dictionary):
         return Fit(codes, error_BD, error_BD.square().sum(1).mean())
 
     def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
-        """Initialise what the rule has besides matrices and biases, given a normalised sample."""
+        """Initialise what the rule has besides matrices and biases, given a normalised sample and decoder rows of length 1. Here, where
+        latents are only compared with each other: encoder rows as long as those of the decoder are about to be."""
+        self.W_enc_FD *= self.config.first_norm
+        self.b_enc *= self.config.first_norm
 
     @torch.no_grad()
     def scale_biases(self, factor: Tensor | float) -> None:
@@ -190,6 +200,7 @@ class SparseAutoencoder(Dictionary):
                 self.b_enc.copy_(-self.W_enc_FD @ x.mean(0))
             scale_to_unit(self.W_dec)
             self.set_thresholds(x, y)
+            self.W_dec *= config.first_norm
 
     def losses(self, batch: TrainingBatch) -> Losses:
         """(squared error + the rule's penalties) / (width * variance) + aux_coefficient * AuxK."""
