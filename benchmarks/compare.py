@@ -7,9 +7,9 @@ the wanted L0 is read off the line between the two runs next to it, in the logar
 import math
 from statistics import mean, stdev
 
-BASE = "ours"
 FIGURES = ("fvu", "recovered", "cosine", "dead")
 JUDGED = ("fvu", "recovered", "cosine")
+WORDS = {"fvu": "FVU", "recovered": "recovery"}
 FAR = 1.3  # at least one run's L0 must be within this factor of the wanted one
 # 95 % quantile of Student's t by degrees of freedom: a difference beyond it, in standard errors, is not seed noise
 T_95 = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89, 8: 1.86, 9: 1.83}
@@ -23,7 +23,7 @@ def at_l0(points: list[dict], l0: float) -> dict[str, float]:
     """
     if len(points) == 1:
         figures = points[0] | points[0].get("at_l0", {})
-        return {name: figures[name] for name in FIGURES}
+        return {name: figures[name] for name in FIGURES if name in figures}
     below = sorted((point for point in points if point["l0"] <= l0), key=lambda point: point["l0"])
     above = sorted((point for point in points if point["l0"] > l0), key=lambda point: point["l0"])
     if not any(1 / FAR <= point["l0"] / l0 <= FAR for point in points):
@@ -37,7 +37,7 @@ def at_l0(points: list[dict], l0: float) -> dict[str, float]:
     between = lambda low, high: low + share * (high - low)  # noqa: E731
     return {
         "fvu": math.exp(between(math.log(first["fvu"]), math.log(second["fvu"]))),
-        **{name: between(first[name], second[name]) for name in FIGURES if name != "fvu"},
+        **{name: between(first[name], second[name]) for name in FIGURES if name != "fvu" and name in first},
     }
 
 
@@ -57,17 +57,19 @@ def verdict(difference: float, error: float | None, seeds: int, *, lower_is_bett
     return "within noise" if worse <= T_95.get(seeds - 1, 1.7) * error else "WORSE"
 
 
-def judge(peers: dict[str, dict]) -> dict[str, dict]:
-    """For each peer without an error: difference, standard error and verdict for FVU and recovery."""
-    base = peers.get(BASE)
+def judge(peers: dict[str, dict], base_name: str) -> dict[str, dict]:
+    """For each peer without an error: difference of ours, standard error and verdict for FVU and recovery."""
+    base = peers.get(base_name)
     verdicts: dict[str, dict] = {}
     if base is None or base["error"]:
         return verdicts
     for name, result in peers.items():
-        if name == BASE or result["error"]:
+        if name == base_name or result["error"]:
             continue
         verdicts[name] = {}
         for figure in JUDGED:
+            if figure not in base["at_l0"][0]:
+                continue
             ours, theirs = ([values[figure] for values in peer["at_l0"]] for peer in (base, result))
             delta, error = difference(ours, theirs)
             words = verdict(delta, error, len(ours), lower_is_better=figure == "fvu")
@@ -75,9 +77,9 @@ def judge(peers: dict[str, dict]) -> dict[str, dict]:
     return verdicts
 
 
-def table(peers: dict[str, dict]) -> list[list[str]]:
-    """The rows of one architecture, HEAD first."""
-    verdicts = judge(peers)
+def table(peers: dict[str, dict], base_name: str) -> list[list[str]]:
+    """The rows of one architecture, HEAD first; verdicts are on `base_name`, which is one of ours."""
+    verdicts = judge(peers, base_name)
     return [HEAD, *(_row(name, result, verdicts.get(name)) for name, result in peers.items())]
 
 
@@ -85,18 +87,20 @@ def _row(name: str, result: dict, verdicts: dict | None) -> list[str]:
     if result["error"]:
         return [name, "failed", *["-"] * (len(HEAD) - 2)]
     finished = [run["point"] for run in result["runs"] if not run["error"]]
-    fvu, recovered, cosine, dead = ([values[figure] for values in result["at_l0"]] for figure in FIGURES)
+    fvu, recovered, cosine, dead = ([values[figure] for values in result["at_l0"] if figure in values] for figure in FIGURES)
     several = len(finished) > len(fvu)  # several runs per seed: their own L0 says nothing of the result
     cells = [name, *([_range([p["l0"] for p in finished], 1), "-"] if several else [_figure([p["l0"] for p in finished], 1)])]
     if not several:
         cells.append(_figure([p["fvu"] for p in finished], 4))
     cells += [_figure(fvu, 4), _delta(verdicts, "fvu", 4), _figure(recovered, 3), _delta(verdicts, "recovered", 3)]
     cells += [_figure(cosine, 3), f"{mean(dead):.3f}", f"{mean(p['cpu_seconds'] for p in finished):.0f}"]
-    words = "" if verdicts is None else f"FVU {verdicts['fvu']['verdict']}, recovery {verdicts['recovered']['verdict']}"
-    return [*cells, words]
+    words = [f"{word} {verdicts[figure]['verdict']}" for figure, word in WORDS.items() if figure in (verdicts or {})]
+    return [*cells, ", ".join(words)]
 
 
 def _figure(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
@@ -106,7 +110,7 @@ def _range(values: list[float], digits: int) -> str:
 
 
 def _delta(verdicts: dict | None, figure: str, digits: int) -> str:
-    if verdicts is None:
+    if figure not in (verdicts or {}):
         return ""
     error = verdicts[figure]["standard_error"]
     return f"{verdicts[figure]['difference']:+.{digits}f}" + ("" if error is None else f" ({error:.{digits}f})")

@@ -12,7 +12,9 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -25,14 +27,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python benchma
 from benchmarks import compare, machine
 from benchmarks.environments import python_of
 from benchmarks.measure import rounded, train_and_measure
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, Peer
 from benchmarks.report import format_table
 from benchmarks.shapes import SHAPES
 from benchmarks.train import at_least, free_stem, names_among
 from benchmarks.worker_process import WorkerProcess
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "gated", "matryoshka")
-CONTESTANTS = ("ours", "sae-lens", "dictionary-learning")
+CONTESTANTS = ("ours", "ours-reviving", "sae-lens", "dictionary-learning")
+# Of `ours-reviving`: what docs/architectures.md recommends where many latents die. Gated has its best settings by default.
+REVIVING: dict[str, dict] = {
+    "topk": {"decoder": "free"},
+    "batchtopk": {"decoder": "free"},
+    "matryoshka": {"decoder": "free"},
+    "jumprelu": {"decoder": "free", "straight_through": True, "bandwidth": 2.0},
+}
 DECAY = 0.2  # share of the steps with a falling learning rate, for all: what every one of them recommends
 MOST_SEARCHES = 8
 AIM = 1.08  # the search aims at runs this factor above and below the wanted L0
@@ -40,6 +49,7 @@ AIM = 1.08  # the search aims at runs this factor above and below the wanted L0
 # Where L0 is not a choice of k: the first value to try for what sets it, and its sign in d log L0 / d log value.
 SEARCHED = {
     ("jumprelu", "ours"): (1.0, 1),  # target_l0, as a multiple of the wanted L0
+    ("jumprelu", "ours-reviving"): (1.0, 1),
     ("gated", "ours"): (1.0, 1),
     ("jumprelu", "dictionary-learning"): (1.0, 1),
     ("jumprelu", "sae-lens"): (3.0, -1),  # coefficients
@@ -67,11 +77,15 @@ def main() -> int:
     start = perf_counter()
     for peer in arguments.peers:
         try:
-            python_of(PEERS[peer])  # one after the other, before processes start side by side
+            python_of(library(peer))  # one after the other, before processes start side by side
         except (RuntimeError, OSError) as error:
             say(f"{peer}: installation failed: {error}")
     lock = threading.Lock()
-    contests = [Contest(arguments, *which) for which in product(arguments.architectures, arguments.peers, arguments.lr)]
+    contests = [
+        Contest(arguments, *which)
+        for which in product(arguments.architectures, arguments.peers, arguments.lr)
+        if which[1] != "ours-reviving" or which[0] in REVIVING
+    ]
     contests.sort(key=lambda contest: (contest.architecture, contest.peer) not in SEARCHED)  # the longest first
 
     def run(contest: Contest) -> None:
@@ -83,6 +97,14 @@ def main() -> int:
             result["load_average_end"] = os.getloadavg()[0]
             write(result, stem)
 
+    folder = tempfile.TemporaryDirectory()
+    arguments.activations = None
+    if not SHAPES[arguments.shape].n_features:
+        arguments.activations = Path(folder.name) / "activations.pt"
+        rows = arguments.steps * SHAPES[arguments.shape].batch_size
+        say(f"recording {rows} activations of the bundled model, and some to measure with")
+        command = [sys.executable, "-m", "benchmarks.workers.recorded", str(arguments.activations), str(rows)]
+        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
     pool = ThreadPoolExecutor(arguments.parallel)
     tasks = [pool.submit(run, contest) for contest in contests]
     try:
@@ -95,10 +117,16 @@ def main() -> int:
         for contest in contests:
             contest.stop()
         pool.shutdown(cancel_futures=True)
+        folder.cleanup()
         if stem.with_suffix(".md").exists():
             say(f"results: {stem.with_suffix('.md')} and {stem.with_suffix('.json').name}")
     print("\n" + tables(result["quality"]))
     return 0
+
+
+def library(contestant: str) -> Peer:
+    """Whose trainer a contestant runs."""
+    return PEERS["ours" if contestant in ("ours", "ours-reviving") else contestant]
 
 
 class Stopped(Exception):
@@ -183,7 +211,7 @@ class Contest:
             raise Stopped
         if self.worker is None:
             log = f"{self.peer}-{self.architecture}-{self.lr or 'own'}"
-            self.worker = WorkerProcess(PEERS[self.peer], threads=self.arguments.threads, log=log)
+            self.worker = WorkerProcess(library(self.peer), threads=self.arguments.threads, log=log)
         start = perf_counter()
         measured = train_and_measure(
             self.worker,
@@ -197,6 +225,8 @@ class Contest:
             architecture=self.architecture,
             sparsity=sparsity,
             decay=DECAY,
+            settings=REVIVING[self.architecture] if self.peer == "ours-reviving" else {},
+            activations=self.arguments.activations and str(self.arguments.activations),
         )
         point = None if measured["error"] else measured["points"][-1]
         run = {"seed": seed, "sparsity": sparsity, "first": next(iter(measured["points"]), None), "point": point}
@@ -206,7 +236,7 @@ class Contest:
             raise Stopped
         if point is None:
             raise RuntimeError(measured["error"])
-        shown = rounded({key: point[key] for key in ("l0", "fvu", "recovered", "dead")})
+        shown = rounded({key: point[key] for key in ("l0", "fvu", "recovered", "dead") if key in point})
         say(f"{self} seed {seed} sparsity {sparsity:.4g}: {shown}, {run['seconds']:.0f} s")
         return point
 
@@ -233,10 +263,11 @@ def write(result: dict, stem: Path) -> None:
         for name, versions in sorted(result["versions"].items())
         if versions is not None
     )
+    planted = f"{shape['n_features']} planted directions, {shape['mean_l0']:g} active"
     head = (
         f"# Quality, {result['date']}\n\n"
         f"{arguments['steps']} steps of {shape['batch_size']} tokens at {arguments['shape']} (d_in {shape['d_in']}, d_sae "
-        f"{shape['d_sae']}, {shape['n_features']} planted directions, {shape['mean_l0']:g} active), wanted L0 "
+        f"{shape['d_sae']}, {planted if shape['n_features'] else 'activations of the bundled model'}), wanted L0 "
         f"{arguments['l0'] or shape['k']:g}, {arguments['seeds']} seeds.\n\n"
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {arguments['parallel']} "
         f"runs at a time with {arguments['threads']} threads each; {result['minutes']:.0f} minutes; load average "
@@ -255,10 +286,14 @@ def tables(quality: dict[str, dict]) -> str:
             peers = {name: result for name, result in peers.items() if result is not None}
             if not peers:
                 continue
-            rows = compare.table(peers)
             errors = "".join(f"\n{name} failed: {result['error']}\n" for name, result in peers.items() if result["error"])
             title = f"{architecture}, {_rate(None if rate == 'None' else float(rate))}"
-            parts.append(f"## {title}\n\n{format_table(rows[0], rows[1:])}\n{errors}")
+            parts.append(f"## {title}\n")
+            ours = [name for name in peers if name.startswith("ours")]
+            for base in ours or [CONTESTANTS[0]]:
+                rows = compare.table({name: peer for name, peer in peers.items() if name == base or name not in ours}, base)
+                parts.append(f"{format_table(rows[0], rows[1:])}\n")
+            parts.append(errors)
     return "\n".join(parts)
 
 

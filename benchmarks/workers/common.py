@@ -17,8 +17,9 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.shapes import Shape
 from benchmarks.workers.planted import HELD_OUT, Codes, PlantedData, quality, threshold_for
+from benchmarks.workers.recorded import RecordedData
 
 WARMUP_FRACTION = 0.1  # of the steps, for all: the peers' own warm-ups (0 to 1000 steps) are meant for far longer runs
 
@@ -36,6 +38,7 @@ class Job:
 
     `sparsity` is what the architecture calls it: the active latents per token k or target_l0, or a coefficient; None: shape.k.
     `decay` is the share of the steps, at the end, with a learning rate that falls to zero; None: the peer's own default.
+    `settings` are further settings of the dictionary, in the peer's own words; `activations` is the file of recorded ones.
     """
 
     shape: Shape
@@ -46,6 +49,12 @@ class Job:
     architecture: str = "topk"
     sparsity: float | None = None
     decay: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    activations: str | None = None
+
+    @property
+    def data(self) -> PlantedData | RecordedData:
+        return PlantedData(self.shape, self.seed) if self.activations is None else RecordedData(Path(self.activations), self.seed)
 
     @property
     def warmup_steps(self) -> int:
@@ -151,7 +160,7 @@ class Server:
             raise ValueError(f"this peer has no {job.architecture!r}: {', '.join(self._make.architectures)}")
         start_rss_mib = peak_rss_mib()  # the peer is imported, nothing is built
         torch.set_num_threads(threads)
-        self._data, self._batch_size, self._step = PlantedData(job.shape, job.seed), job.shape.batch_size, 0
+        self._data, self._batch_size, self._step = job.data, job.shape.batch_size, 0
         torch.manual_seed(job.seed)
         self._worker = self._make(job)
         versions = {"python": platform.python_version(), "torch": torch.__version__}

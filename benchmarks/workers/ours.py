@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from benchmarks.workers.common import WARMUP_FRACTION, Job, Worker, serve
-from benchmarks.workers.planted import PlantedData
 from saebench.codes import SparseCodes
 from saebench.dictionaries import parse_dictionary
 from saebench.trainer import Member, TrainConfig
@@ -29,10 +28,10 @@ class Ours(Worker):
             **({} if job.decay is None else {"decay": job.decay}),
         )
         # The batch that the others initialise their decoder bias from, in their first step.
-        sample_BD = PlantedData(shape, job.seed).batch_BD(0, shape.batch_size)
+        sample_BD = job.data.batch_BD(0, shape.batch_size)
         key = SPARSITY_KEYS[job.architecture]
         sparsity = shape.k if job.sparsity is None else job.sparsity
-        values = {"architecture": job.architecture, "d_in": shape.d_in, "d_sae": shape.d_sae}
+        values = {"architecture": job.architecture, "d_in": shape.d_in, "d_sae": shape.d_sae, **job.settings}
         values[key] = int(sparsity) if key == "k" else sparsity
         self.member = Member.create(parse_dictionary(values, "benchmark"), training, sample_BD)
         self.n_steps = 0

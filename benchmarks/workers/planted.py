@@ -6,6 +6,7 @@ The offset is there because language model activations have one, and trainers di
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ CALIBRATION_TOKENS = 8192
 RECOVERED_COSINE = 0.9
 
 Codes = Tensor | tuple[Tensor | None, ...]  # dense acts_BF, or values, indices of the same shape, and what else decoding needs
+
+
+class Data(Protocol):
+    """What a worker trains on and is measured by."""
+
+    directions_GD: Tensor | None
+
+    def batch_BD(self, number: int, batch_size: int) -> Tensor: ...
 
 
 class PlantedData:
@@ -58,14 +67,14 @@ class PlantedData:
 
 @torch.no_grad()
 def quality(
-    data: PlantedData, encode: Callable[[Tensor], Codes], decode: Callable[[Codes], Tensor], W_dec_FD: Tensor
+    data: Data, encode: Callable[[Tensor], Codes], decode: Callable[[Codes], Tensor], W_dec_FD: Tensor
 ) -> dict[str, float]:
     """Measure a dictionary on held-out tokens.
 
     Returns:
         `fvu`: squared error / squared deviation from the mean token; `l0`: active latents per token; `dead`: fraction of
         latents active in no held-out token; `recovered`: fraction of planted directions to which the best decoder row has
-        a cosine above 0.9; `cosine`: the mean over planted directions of that best cosine.
+        a cosine above 0.9; `cosine`: the mean over planted directions of that best cosine; both only where there are such.
     """
     batches = [data.batch_BD(HELD_OUT + i, HELD_OUT_TOKENS) for i in range(HELD_OUT_BATCHES)]
     mean_D = torch.cat(batches).mean(0)
@@ -78,19 +87,20 @@ def quality(
         latents_N = active_latents(codes)
         active += len(latents_N)
         fired_F[latents_N] = True
-    rows_FD = F.normalize(W_dec_FD, dim=1)
-    cosine_G = torch.cat([(rows_GD @ rows_FD.T).amax(1) for rows_GD in data.directions_GD.split(256)])
-    return {
+    figures = {
         "fvu": error / deviation,
         "l0": active / (HELD_OUT_BATCHES * HELD_OUT_TOKENS),
         "dead": 1 - fired_F.float().mean().item(),
-        "recovered": (cosine_G > RECOVERED_COSINE).float().mean().item(),
-        "cosine": cosine_G.mean().item(),
     }
+    if data.directions_GD is None:
+        return figures
+    rows_FD = F.normalize(W_dec_FD, dim=1)
+    cosine_G = torch.cat([(rows_GD @ rows_FD.T).amax(1) for rows_GD in data.directions_GD.split(256)])
+    return figures | {"recovered": (cosine_G > RECOVERED_COSINE).float().mean().item(), "cosine": cosine_G.mean().item()}
 
 
 @torch.no_grad()
-def threshold_for(data: PlantedData, encode: Callable[[Tensor, float], Codes], l0: float, start: float) -> float:
+def threshold_for(data: Data, encode: Callable[[Tensor, float], Codes], l0: float, start: float) -> float:
     """The one threshold of all latents with which `l0` of them are active per token, by bisection; `encode` takes it too."""
     x_BD = data.batch_BD(CALIBRATION, CALIBRATION_TOKENS)
 
