@@ -35,13 +35,8 @@ from benchmarks.worker_process import WorkerProcess
 
 ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "gated", "matryoshka")
 CONTESTANTS = ("ours", "ours-reviving", "sae-lens", "dictionary-learning")
-# Of `ours-reviving`: what docs/architectures.md recommends where many latents die. Gated has its best settings by default.
-REVIVING: dict[str, dict] = {
-    "topk": {"decoder": "free"},
-    "batchtopk": {"decoder": "free"},
-    "matryoshka": {"decoder": "free"},
-    "jumprelu": {"decoder": "free", "straight_through": True, "bandwidth": 2.0},
-}
+# Of `ours-reviving`: what docs/architectures.md recommends where many latents die. The others have their best settings by default.
+REVIVING: dict[str, dict] = {"jumprelu": {"decoder": "free", "straight_through": True, "bandwidth": 2.0}}
 DECAY = 0.2  # share of the steps with a falling learning rate, for all: what every one of them recommends
 MOST_SEARCHES = 8
 AIM = 1.08  # the search aims at runs this factor above and below the wanted L0

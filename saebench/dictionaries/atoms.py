@@ -16,12 +16,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
-from saebench.dictionaries.base import Dictionary, Losses, TrainingBatch, register
+from saebench.dictionaries.base import Losses, TrainingBatch, register
 from saebench.dictionaries.geometry import project_out, random_unit_rows, scale_to_unit
-from saebench.dictionaries.jumprelu import LEAST, SAMPLE, SPEED, last_shift, upper_quantile
 from saebench.dictionaries.l0_control import L0Controller, SparsitySettings
 from saebench.dictionaries.sae import Weights
 from saebench.dictionaries.scaling import Scaling
+from saebench.dictionaries.thresholds import LEAST, SAMPLE, LearnedThresholds, last_shift, upper_quantile
 from saebench.kernels import encode_above, encode_jumprelu, sparse_decode
 
 
@@ -66,21 +66,21 @@ def just_below(threshold_F: Tensor) -> Tensor:
 
 
 @register(Threshold)
-class ThresholdDictionary(Dictionary):
+class ThresholdDictionary(LearnedThresholds):
     """z = x S D^T; f = z where z >= tau, else 0; x_hat = f D."""
 
     config: Threshold
+    training_only = (*LearnedThresholds.training_only, "atoms_FD", "whiten_DD", "colour_DD")
 
     def __init__(self, config: Threshold):
         super().__init__(config)
         d_in, d_sae = config.d_in, config.d_sae
         assert d_in is not None
         self.atoms_FD = nn.Parameter(torch.zeros(d_sae, d_in))  # D S^(1/2)
-        self.slow_log_threshold = nn.Parameter(torch.zeros(d_sae))
+        self.add_thresholds()
         self.register_buffer("whiten_DD", torch.eye(d_in))
         self.register_buffer("colour_DD", torch.eye(d_in))
         self.sparsity = L0Controller(config)
-        self.shift: Tensor | None = None  # of log thresholds, after the step that is being taken
         self.whiten_DD: Tensor
         self.colour_DD: Tensor
         self.folded = False
@@ -97,14 +97,9 @@ class ThresholdDictionary(Dictionary):
         zeros_F = self.atoms_FD.new_zeros(self.config.d_sae)
         return Weights(self.atoms_FD @ self.whiten_DD, zeros_F, self.atoms_FD @ self.colour_DD)
 
-    @property
-    def tau_F(self) -> Tensor:
-        """The thresholds: [F]."""
-        return self.threshold if self.folded else (SPEED * self.slow_log_threshold).exp()
-
     def encode(self, x_BD: Tensor) -> SparseCodes:
         weights = self.weights()
-        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, None, just_below(self.tau_F))
+        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, None, just_below(self.thresholds_F))
 
     def decode(self, codes: SparseCodes) -> Tensor:
         x_hat_BD = sparse_decode(codes, self.weights().W_dec_FD)
@@ -123,13 +118,15 @@ class ThresholdDictionary(Dictionary):
             share = (config.target_l0 or min(32.0, config.d_sae)) / config.d_sae
             unbiased = Weights(self.atoms_FD, torch.zeros_like(tau_F), self.atoms_FD)
             tau_F = upper_quantile(x[:SAMPLE] @ self.whiten_DD, unbiased, None, share).clamp_min(LEAST)
-        self.slow_log_threshold.copy_(tau_F.log() / SPEED)
+        self.start_thresholds(tau_F, None, x, y, fit=False)
         self.sparsity.start(tau_F.square().mean())
 
     def losses(self, batch: TrainingBatch) -> Losses:
         """(squared error in the whitened space + coefficient * L0) / width. Squared errors are told in the space of the activations."""
         x_BD, zeros_F = batch.x @ self.whiten_DD, self.atoms_FD.new_zeros(self.config.d_sae)
-        codes, counts_F = encode_jumprelu(x_BD, self.atoms_FD, zeros_F, None, just_below(self.tau_F), self.config.bandwidth)
+        codes, counts_F = encode_jumprelu(
+            x_BD, self.atoms_FD, zeros_F, None, just_below(self.thresholds_F), self.config.bandwidth
+        )
         error_BD = sparse_decode(codes, self.atoms_FD) - x_BD
         l0 = counts_F.sum() / len(codes)
         self.sparsity.observe(l0.detach(), batch)
@@ -149,16 +146,14 @@ class ThresholdDictionary(Dictionary):
     @torch.no_grad()
     def constrain(self, lr: float = 0.0) -> None:
         scale_to_unit(self.atoms_FD)
-        if self.shift is not None:
-            self.slow_log_threshold += self.shift / SPEED
-            self.shift = None
+        super().constrain(lr)
 
     # --- the finished dictionary is an ordinary one ---
 
     @torch.no_grad()
     def fold(self, read: Scaling, write: Scaling) -> None:
         """The whitening and the shift go into matrices and biases; decoder rows are scaled to unit length, latents accordingly."""
-        self._settle()
+        self.drop_training()
         offset_D = read.shift_D * read.scale_D
         self.b_enc -= self.W_enc_FD @ offset_D
         self.W_enc_FD *= read.scale_D
@@ -170,33 +165,19 @@ class ThresholdDictionary(Dictionary):
         self.b_enc *= norm_F
         self.threshold *= norm_F
 
-    def public_tensors(self) -> dict[str, Tensor]:
-        return super().public_tensors() if self.folded else self._ordinary()
-
-    def load_public(self, tensors: dict[str, Tensor]) -> None:
-        self._settle()
-        super().load_public(tensors)
-
     @torch.no_grad()
-    def _ordinary(self) -> dict[str, Tensor]:
-        weights = self.weights()
-        b_dec_D = self.colour_DD.new_zeros(len(self.colour_DD))
-        tensors = {"W_enc": weights.W_enc_FD.T, "W_dec": weights.W_dec_FD, "b_enc": weights.b_enc_F, "b_dec": b_dec_D}
-        return {**tensors, "threshold": self.tau_F}
-
-    def _settle(self) -> None:
-        """Become an ordinary dictionary, with nothing of the training."""
+    def drop_training(self) -> None:
+        """Become an ordinary dictionary."""
         if self.folded:
             return
-        tensors = self._ordinary()
-        for name in ("atoms_FD", "slow_log_threshold", "whiten_DD", "colour_DD", "sparsity"):
-            delattr(self, name)
-        self.register_buffer("W_enc_FD", tensors.pop("W_enc").T.contiguous())
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+        weights, b_dec_D = self.weights(), self.colour_DD.new_zeros(len(self.colour_DD))
+        super().drop_training()
+        self.register_buffer("W_enc_FD", weights.W_enc_FD.contiguous())
+        self.register_buffer("W_dec", weights.W_dec_FD)
+        self.register_buffer("b_enc", weights.b_enc_F)
+        self.register_buffer("b_dec", b_dec_D)
         self.folded = True
         self.W_enc_FD: Tensor
         self.W_dec: Tensor
         self.b_enc: Tensor
         self.b_dec: Tensor
-        self.threshold: Tensor

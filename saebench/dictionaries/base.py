@@ -8,6 +8,7 @@ Shape suffixes: `B` tokens, `C` contexts, `S` positions, `D` width of what is re
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -190,6 +191,11 @@ class Losses:
 class Dictionary(nn.Module, ABC):
     """A sparse dictionary: `encode` gives sparse codes, `decode` turns them back. Inputs are raw activations [B, D]."""
 
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Parameters, buffers and modules that a finished dictionary does without."""
+    folded = True
+    """Whether it is finished. Families whose finished members differ from those in training start with False."""
+
     def __init__(self, config: DictionaryConfig):
         super().__init__()
         self.config = config
@@ -263,6 +269,20 @@ class Dictionary(nn.Module, ABC):
         """Give dead latents a new start; returns by parameter name the rows whose optimiser moments must be forgotten."""
         raise UserError(f"resample_every is not for architecture {self.config.architecture!r}: leave it out")
 
+    def drop_training(self) -> None:
+        """Leave out what only training needs. Calling it again changes nothing."""
+        for name in self.training_only:
+            if name in self._modules or name in self._parameters or name in self._buffers:
+                delattr(self, name)
+
+    def settled(self) -> Self:
+        """What a file holds: this dictionary, or where it is not finished a copy without what only training needs."""
+        if self.folded:
+            return self
+        copied = copy.deepcopy(self)
+        copied.fold(*(Scaling.identity(sum(blocks)) for blocks in (self.config.blocks_in, self.config.blocks_out)))
+        return copied
+
     @abstractmethod
     def fold(self, read: Scaling, write: Scaling) -> None:
         """Change the parameters so that raw inputs give, in raw units, what normalised ones gave in normalised units. What is finished
@@ -275,6 +295,7 @@ class Dictionary(nn.Module, ABC):
     @torch.no_grad()
     def load_public(self, tensors: dict[str, Tensor]) -> None:
         """Take over tensors in the file format. Raises UserError naming one that is missing, unknown or of another shape."""
+        self.drop_training()
         own = self.state_dict()
         names = {name.removesuffix("_FD"): name for name in own}
         for name in sorted(set(names) ^ set(tensors)):
@@ -284,6 +305,7 @@ class Dictionary(nn.Module, ABC):
             if tensor.shape != own[key].shape:
                 raise UserError(f"tensor {name!r} has shape {tuple(tensors[name].shape)}, which does not fit the configuration")
             own[key].copy_(tensor)
+        self.folded = True
 
     def save(self, path: str | Path) -> None:
         """Write `config.json` and `weights.safetensors` into a new directory. Raises UserError where it exists."""
@@ -292,7 +314,7 @@ class Dictionary(nn.Module, ABC):
             raise UserError(f"{path} exists already: name another place or remove it")
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing_directory(path) as temporary:
-            write_tensors(temporary / WEIGHTS, self.public_tensors())
+            write_tensors(temporary / WEIGHTS, self.settled().public_tensors())
             content = {
                 "architecture": self.config.architecture,
                 "config": self.config.model_dump(mode="json"),

@@ -287,11 +287,7 @@ class CrossLayerTranscoder(Dictionary):
         self.b_dec += write.shift_D
         self.variance /= out**2
         self.folded = True
-
-    @torch.no_grad()
-    def load_public(self, tensors: dict[str, Tensor]) -> None:
-        super().load_public(tensors)
-        self.folded = True
+        self.drop_training()
 
 
 class CLT(CrossLayerConfig):

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.clt import CrossLayerConfig, CrossLayerTranscoder, LayerFit
-from saebench.dictionaries.jumprelu import LEAST, SAMPLE, SPEED, shortfall, upper_quantile
 from saebench.dictionaries.l0_control import L0Controller, SparsitySettings
 from saebench.dictionaries.sae import Weights
-from saebench.dictionaries.scaling import Scaling
+from saebench.dictionaries.thresholds import LEAST, SAMPLE, LearnedThresholds, shortfall, upper_quantile
 from saebench.kernels import encode_above, encode_jumprelu
 
 
@@ -55,22 +54,19 @@ class CLTJumpReLU(SparsitySettings, CrossLayerConfig):
 
 
 @register(CLTJumpReLU)
-class JumpReLUCrossLayerTranscoder(CrossLayerTranscoder):
+class JumpReLUCrossLayerTranscoder(LearnedThresholds, CrossLayerTranscoder):
     """f^l = z^l where z^l = x^l W_enc^l + b_enc^l exceeds threshold^l, else 0."""
 
     config: CLTJumpReLU
 
     def __init__(self, config: CLTJumpReLU):
         super().__init__(config)
-        self.slow_log_threshold = nn.Parameter(torch.zeros(config.d_sae))  # log(threshold) / SPEED: see jumprelu.py
+        self.add_thresholds()
         self.sparsity = L0Controller(config)
 
     def layer_threshold(self, layer: int, weights: Weights) -> Tensor:
         """Thresholds of one layer's latents as the rule sees them: [M]."""
-        latents = slice(layer * self.config.per_layer, (layer + 1) * self.config.per_layer)
-        if self.folded:
-            return self.threshold[latents]
-        threshold_M = (SPEED * self.slow_log_threshold[latents]).exp()
+        threshold_M = self.thresholds_F.split(self.config.per_layer)[layer]
         return threshold_M if weights.norm_F is None else threshold_M * weights.norm_F
 
     def select_layer(self, layer: int, x_BD: Tensor, weights: Weights) -> SparseCodes:
@@ -97,8 +93,7 @@ class JumpReLUCrossLayerTranscoder(CrossLayerTranscoder):
         return LayerFit(codes, error_BW, loss, {"coefficient": coefficient})
 
     def set_thresholds(self, x_BW: Tensor, y_BW: Tensor) -> None:
-        """As for JumpReLU: thresholds as configured, latents then scaled to fit the targets best unless thresholds were stated; the search
-        for the coefficient begins where leaving out an entry at its threshold is even."""
+        """As for JumpReLU."""
         config, weights, unit = self.config, self.weights(), self.variance.sqrt()
         x_BW, y_BW = x_BW[:SAMPLE], y_BW[:SAMPLE]
         if config.initial_threshold is not None:
@@ -107,46 +102,8 @@ class JumpReLUCrossLayerTranscoder(CrossLayerTranscoder):
             share = (config.target_l0 or min(128.0, config.d_sae)) / config.d_sae
             layers = zip(self.split(x_BW), weights, strict=True)
             threshold_F = torch.cat([upper_quantile(x_BD, layer, None, share) for x_BD, layer in layers]).clamp_min(LEAST * unit)
-        if norms := [layer.norm_F for layer in weights if layer.norm_F is not None]:
-            threshold_F = threshold_F / torch.cat(norms)
-        self.slow_log_threshold.copy_(threshold_F.log() / SPEED)
-        if config.initial_threshold is None:
-            written_BW = self(x_BW) - self.b_dec
-            square = written_BW.square().sum()
-            factor = torch.where(square > 0, ((y_BW - self.b_dec) * written_BW).sum() / square, 1.0).clamp(1e-3, 1e3)
-            self.W_enc_FD *= factor
-            self.scale_biases(factor)
+        norms = [layer.norm_F for layer in weights if layer.norm_F is not None]
+        norm_F = torch.cat(norms) if norms else None
+        self.start_thresholds(threshold_F, norm_F, x_BW, y_BW, fit=config.initial_threshold is None)
         thresholds = [self.layer_threshold(number, layer) for number, layer in enumerate(self.weights())]
         self.sparsity.start(torch.cat(thresholds).square().mean())
-
-    @torch.no_grad()
-    def scale_biases(self, factor: Tensor | float) -> None:
-        super().scale_biases(factor)
-        if self.folded:
-            self.threshold *= factor
-        else:
-            self.slow_log_threshold += torch.as_tensor(factor).log() / SPEED
-
-    # --- the finished dictionary: `threshold` itself, and nothing of the training ---
-
-    @torch.no_grad()
-    def fold(self, read: Scaling, write: Scaling) -> None:
-        finished = self.folded
-        super().fold(read, write)
-        if not finished:
-            self._settle()
-
-    def public_tensors(self) -> dict[str, Tensor]:
-        own = {name: t for name, t in super().public_tensors().items() if not name.startswith("sparsity.")}
-        return own if self.folded else own | {"threshold": (SPEED * own.pop("slow_log_threshold")).exp()}
-
-    def load_public(self, tensors: dict[str, Tensor]) -> None:
-        self._settle()
-        super().load_public(tensors)
-
-    @torch.no_grad()
-    def _settle(self) -> None:
-        threshold_F = (SPEED * self.slow_log_threshold).exp()
-        del self.slow_log_threshold, self.sparsity
-        self.register_buffer("threshold", threshold_F)
-        self.threshold: Tensor

@@ -19,7 +19,6 @@ from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.l0_control import L0Controller, SparsityRule, first_l1_coefficient, start_at_l0
 from saebench.dictionaries.sae import Fit, SparseAutoencoder, Weights
-from saebench.dictionaries.scaling import Scaling
 from saebench.kernels import encode_above, sparse_decode
 
 
@@ -46,6 +45,7 @@ class GatedDictionary(SparseAutoencoder):
     """
 
     config: Gated
+    training_only = ("sparsity",)
 
     def __init__(self, config: Gated):
         super().__init__(config)
@@ -107,19 +107,3 @@ class GatedDictionary(SparseAutoencoder):
             self.b_mag[dead] = 0.0
             rows |= {"r_mag": dead, "b_mag": dead}
         return rows
-
-    # --- the finished dictionary has nothing of the training ---
-
-    @torch.no_grad()
-    def fold(self, read: Scaling, write: Scaling) -> None:
-        finished = self.folded
-        super().fold(read, write)
-        if not finished:
-            del self.sparsity
-
-    def public_tensors(self) -> dict[str, Tensor]:
-        return {name: t for name, t in super().public_tensors().items() if not name.startswith("sparsity.")}
-
-    def load_public(self, tensors: dict[str, Tensor]) -> None:
-        del self.sparsity
-        super().load_public(tensors)

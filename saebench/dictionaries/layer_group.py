@@ -219,6 +219,10 @@ class LayerGroupDictionary(Dictionary):
         width = self.shift_LD.shape[1]
         self.base.fold(*[Scaling(shift_LD.new_zeros(width), shift_LD.new_ones(width))] * 2)
 
+    @property
+    def folded(self) -> bool:  # type: ignore[override]
+        return self.base.folded
+
     def public_tensors(self) -> dict[str, Tensor]:
         """`shift` [L, D] and `scale` [L] of the layers, and the shared dictionary's tensors under `base.`."""
         shared = {f"base.{name}": tensor for name, tensor in self.base.public_tensors().items()}

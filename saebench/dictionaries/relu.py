@@ -18,7 +18,6 @@ from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.l0_control import L0Controller, SparsityRule, first_l1_coefficient, start_at_l0
 from saebench.dictionaries.sae import Fit, SparseAutoencoder, Weights
-from saebench.dictionaries.scaling import Scaling
 from saebench.kernels import encode_above
 
 RECENT = 10  # batches whose penalties say how to go on after a change of p
@@ -111,6 +110,7 @@ class ReLUDictionary(SparseAutoencoder):
     """z = (x - c b_dec) W_enc + b_enc; f = ReLU(z); x_hat = f W_dec + b_dec."""
 
     config: PNormRule
+    training_only = ("penalty",)
 
     def __init__(self, config: PNormRule):
         super().__init__(config)
@@ -133,19 +133,3 @@ class ReLUDictionary(SparseAutoencoder):
         else:
             super().set_thresholds(x_BD, y_BD)
         self.penalty.sparsity.start(first_l1_coefficient(self.config, y_BD))
-
-    # --- the finished dictionary has nothing of the training ---
-
-    @torch.no_grad()
-    def fold(self, read: Scaling, write: Scaling) -> None:
-        finished = self.folded
-        super().fold(read, write)
-        if not finished:
-            del self.penalty
-
-    def public_tensors(self) -> dict[str, Tensor]:
-        return {name: t for name, t in super().public_tensors().items() if not name.startswith("penalty.")}
-
-    def load_public(self, tensors: dict[str, Tensor]) -> None:
-        del self.penalty
-        super().load_public(tensors)

@@ -291,11 +291,7 @@ class SparseAutoencoder(Dictionary):
         self.b_dec += write.shift_D
         self.variance /= out**2
         self.folded = True
-
-    @torch.no_grad()
-    def load_public(self, tensors: dict[str, Tensor]) -> None:
-        super().load_public(tensors)
-        self.folded = True
+        self.drop_training()
 
 
 def block_norms(W_dec_FD: Tensor, widths: tuple[int, ...]) -> Tensor:

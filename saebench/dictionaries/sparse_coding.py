@@ -48,6 +48,7 @@ class SparseCoder(Dictionary):
         self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.register_buffer("variance", torch.ones(()))  # of the input per coordinate: makes the loss scale-free
+        self.folded = False
         self.register_buffer("metric", torch.ones(config.d_in))
         self.variance: Tensor
         self.metric: Tensor
@@ -150,6 +151,8 @@ class SparseCoder(Dictionary):
         self.b_dec /= write.scale_D
         self.b_dec += write.shift_D
         self.variance /= out**2
+        self.folded = True
+        self.drop_training()
 
 
 @torch.no_grad()
@@ -159,6 +162,7 @@ def amortisation_gap(dictionary: Dictionary, x_BD: Tensor) -> float:
 
     For autoencoders with unit decoder rows; the excess over matching pursuit in units of FVU.
     """
+    dictionary = dictionary.settled()
     codes = dictionary.encode(x_BD)
     own_B = (x_BD - dictionary.decode(codes)).square().sum(1)
     centred_BD, l0_B = x_BD - dictionary.b_dec, codes.l0()

@@ -64,6 +64,10 @@ class TopAFADictionary(SparseAutoencoder):
         super().__init__(config)
         self.b_enc.requires_grad_(False)
 
+    def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
+        """Encoder rows as long as makes up for short rows of a free decoder: what latents write is to be as long as the input."""
+        self.W_enc_FD /= self.config.first_norm
+
     def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
         length_B = (x_BD - self.b_dec).detach().norm(dim=1)
         return encode_to_length(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, length_B)

@@ -31,6 +31,8 @@ class Transcoder(KRule):
 
     architecture = "transcoder"
 
+    decoder: Literal["unit", "free"] = "unit"
+    """Decoder rows of unit length, or of any length with selection by f_i ||d_i||."""
     centre: bool = True
     """Whether the mean of each site is subtracted while training, and folded into the biases afterwards."""
     initial_decoder: Literal["linear_map", "mlp"] = "linear_map"

@@ -121,6 +121,7 @@ class ISTADictionary(UnrolledDictionary):
     """S_t(u) = max(u - threshold_t, 0); loss: squared error + coefficient * sum_i f_i."""
 
     config: ISTA
+    training_only = ("sparsity",)
 
     def __init__(self, config: ISTA):
         super().__init__(config)

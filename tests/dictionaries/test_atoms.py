@@ -8,7 +8,7 @@ import torch
 import saebench as sb
 from saebench.dictionaries import Scaling, TrainingBatch
 from saebench.dictionaries.atoms import just_below, whitening
-from saebench.dictionaries.jumprelu import SPEED
+from saebench.dictionaries.thresholds import SPEED
 from saebench.errors import UserError
 from saebench.evaluation.atoms import atomic_inner_products, coherence, recovery_interval, second_moment
 from saebench.kernels import use_implementation
@@ -70,7 +70,7 @@ def test_outside_the_interval_supports_are_lost():
 
 def test_reaching_the_threshold_is_enough():
     dictionary = dictionary_of(torch.eye(2), 2.0)
-    tau = dictionary.tau_F.detach()
+    tau = dictionary.thresholds_F.detach()
     x = torch.stack([tau, torch.nextafter(tau, torch.zeros(2))])
     assert dictionary.encode(x).l0().tolist() == [2, 0]
     assert torch.equal(just_below(tau), torch.nextafter(tau, torch.zeros(2)))
@@ -104,7 +104,7 @@ def test_scores_are_the_atomic_definition():
     lengths = (weights.W_dec_FD @ S * weights.W_dec_FD).sum(1)
     torch.testing.assert_close(lengths, torch.ones(40, dtype=torch.float64), rtol=1e-6, atol=0)
     f = x @ S @ weights.W_dec_FD.T
-    f = f * (f >= dictionary.tau_F)
+    f = f * (f >= dictionary.thresholds_F)
     torch.testing.assert_close(dictionary(x), f @ weights.W_dec_FD)
     torch.testing.assert_close(dictionary.encode(x).to_dense(), f)
     assert float((f != 0).sum(1).double().mean()) == pytest.approx(4, rel=0.02)

@@ -120,7 +120,7 @@ def test_the_encoder_cannot_grow_in_the_decoders_place():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"group_penalty": 0.1}, "set decoder=free"),
+        ({"group_penalty": 0.1, "decoder": "unit"}, "set decoder=free"),
         ({"group_penalty": 0.1, "decoder": "free", "group_latents": 3}, "group_latents=3 does not divide d_sae=8"),
         ({"group_penalty": -0.1}, "group_penalty=-0.1"),
     ],

@@ -8,7 +8,7 @@ import torch
 import saebench as sb
 from saebench.codes import SparseCodes
 from saebench.dictionaries import Scaling, TrainingBatch
-from saebench.dictionaries.jumprelu import SPEED, shortfall, upper_quantile
+from saebench.dictionaries.thresholds import SPEED, shortfall, upper_quantile
 from saebench.errors import UserError
 from saebench.kernels import encode_above, use_implementation
 from saebench.trainer.member import Member

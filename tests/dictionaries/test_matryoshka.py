@@ -84,7 +84,7 @@ def test_one_group_is_the_base_loss_and_that_of_the_bias_alone():
 @pytest.mark.parametrize("random_prefixes", [0, 4])
 def test_loss_and_gradients_equal_the_dense_computation(rule, random_prefixes):
     x = tokens(dtype=torch.float64)
-    sae = random_sae(rule=rule, random_prefixes=random_prefixes, k_aux=3).double()
+    sae = random_sae(rule=rule, random_prefixes=random_prefixes, k_aux=3, decoder="unit").double()
     batch = TrainingBatch(x, x, torch.arange(32) > 27, 3, 10)
     losses = sae.losses(batch)
     gradients = torch.autograd.grad(losses.total, list(sae.parameters()))

@@ -117,8 +117,20 @@ def test_gradients_of_the_whole_loss_equal_finite_differences():
         assert numeric == pytest.approx(analytic, rel=1e-6)
 
 
+@pytest.mark.parametrize("norm", [0.1, 0.4])
+def test_short_free_rows_start_tied_and_write_little(norm):
+    sae = random_sae(d_sae=64, d_in=16, k=64, initial_norm=norm)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((64,), norm))
+    cosines = torch.nn.functional.cosine_similarity(sae.W_enc_FD, sae.W_dec, dim=1)
+    torch.testing.assert_close(cosines, torch.ones(64))
+    unit = random_sae(d_sae=64, d_in=16, k=64, decoder="unit")
+    torch.testing.assert_close(sae.W_enc_FD, norm * unit.W_enc_FD)
+    x = torch.randn(50, 16, generator=torch.Generator().manual_seed(9))
+    torch.testing.assert_close(sae(x) - sae.b_dec, norm**2 * (unit(x) - unit.b_dec))
+
+
 def test_initialisation_gives_unit_reconstructions_and_a_tied_unit_decoder():
-    sae = random_sae(d_sae=64, d_in=16, k=64)
+    sae = random_sae(d_sae=64, d_in=16, k=64, decoder="unit")
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(64))
     cosines = torch.nn.functional.cosine_similarity(sae.W_enc_FD, sae.W_dec, dim=1)
     torch.testing.assert_close(cosines, torch.ones(64))
