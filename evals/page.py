@@ -102,7 +102,7 @@ def draw(plan: dict[str, Any], results: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.5))
-    colours = plt.get_cmap("tab20").colors
+    colours = plt.get_cmap("tab20")
     for number, entry in enumerate(plan["dictionaries"]):
         points = []
         for l0 in sorted(plan["builtin"]["l0s"] + plan["builtin"]["pareto"]):
@@ -110,7 +110,7 @@ def draw(plan: dict[str, Any], results: dict[str, Any]) -> None:
             if found[0]:
                 points.append(tuple(statistics.fmean(values) for values in found))
         if points:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=entry["id"], color=colours[number % 20])
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=entry["id"], color=colours(number % 20))
     axes.set(
         xscale="log",
         yscale="log",

@@ -16,7 +16,7 @@ from saebench.activations import ActivationStore
 
 HERE = Path(__file__).parent
 SEEDS = 3
-TOKENS = 250_000
+TOKENS = 120_000
 
 
 @cache
@@ -24,19 +24,19 @@ def lm() -> sb.LanguageModel:
     return sb.load_lm("builtin")
 
 
-def held_out(tokens: int = 32_768) -> Any:
+def held_out(tokens: int = 8_192) -> Any:
     return sb.pack(sb.load_text("builtin:held_out"), lm().tokenizer, context_size=256, num_tokens=tokens)
 
 
-def activations(*sites: str) -> ActivationStore:
+def activations(*sites: str, tokens: int = TOKENS) -> ActivationStore:
     """A store of these sites of the bundled model, harvested once."""
-    contexts = sb.pack(sb.builtin_text(), lm().tokenizer, context_size=256, num_tokens=TOKENS)
-    name = "-".join(site.replace("blocks.", "").replace("hook_", "") for site in sites)
+    contexts = sb.pack(sb.builtin_text(), lm().tokenizer, context_size=256, num_tokens=tokens)
+    name = "-".join([*(site.replace("blocks.", "").replace("hook_", "") for site in sites), str(tokens)])
     return sb.harvest(lm(), contexts, list(sites), HERE / "results" / "acts" / name)
 
 
 def trained(configs: dict[str, Any], source: Any, seed: int, **settings: Any) -> dict[str, Any]:
-    training = sb.TrainConfig(**{"num_tokens": TOKENS, "batch_size": 1024, "seed": seed, **settings})
+    training = sb.TrainConfig(**{"num_tokens": TOKENS, "batch_size": 256, "lr": 3e-3, "seed": seed, **settings})
     return dict(zip(configs, sb.train(configs, source, training, lm=lm()), strict=True))
 
 
@@ -53,13 +53,6 @@ def differs(a: list[float], b: list[float]) -> str:
     error = math.sqrt(sum(statistics.variance(v) / len(v) if len(v) > 1 else 0.0 for v in (a, b)))
     difference = statistics.fmean(a) - statistics.fmean(b)
     return "equal within noise" if abs(difference) <= 2 * error else "less" if difference < 0 else "more"
-
-
-def interpolate(points: list[tuple[float, ...]], l0: float) -> float:
-    """The line through the two points nearest in L0, both axes logarithmic."""
-    (a, fa), (b, fb) = sorted(sorted(points, key=lambda p: abs(math.log(p[0] / l0)))[:2])
-    share = (math.log(l0) - math.log(a)) / (math.log(b) - math.log(a))
-    return math.exp(math.log(fa) + share * (math.log(fb) - math.log(fa)))
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

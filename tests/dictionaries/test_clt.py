@@ -78,7 +78,10 @@ def test_one_layer_trains_as_the_transcoder():
     source = planted()
     training = TrainConfig(num_tokens=128 * 20, batch_size=128, lr=3e-3)
     clt, transcoder = sb.train(
-        [sb.CLT(d_sae=32, k=4, site="in.1", target="out.1"), sb.Transcoder(d_sae=32, k=4, site="in.1", target="out.1", centre=False)],
+        [
+            sb.CLT(d_sae=32, k=4, site="in.1", target="out.1"),
+            sb.Transcoder(d_sae=32, k=4, site="in.1", target="out.1", centre=False),
+        ],
         source,
         training,
     )

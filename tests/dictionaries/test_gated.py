@@ -30,7 +30,11 @@ def fixture_sae(coefficient=0.5):
 def random_sae(d_sae=30, d_in=7, seed=0, dtype=torch.float32, **options):
     """An initialised dictionary whose gates and magnitudes differ, and what it reads and writes."""
     generator = torch.Generator().manual_seed(seed)
-    sae = sb.Gated(d_sae=d_sae, d_in=d_in, **{"coefficient": 0.3, "coefficient_warmup": 0, "decoder": "unit"} | options).build().to(dtype)
+    sae = (
+        sb.Gated(d_sae=d_sae, d_in=d_in, **{"coefficient": 0.3, "coefficient_warmup": 0, "decoder": "unit"} | options)
+        .build()
+        .to(dtype)
+    )
     x = (torch.randn(200, d_in, generator=generator) + 1).to(dtype)
     y = x if sae.config.rewrites else torch.randn(200, sae.config.width_out, generator=generator).to(dtype)
     sae.initialise(x, y, generator)

@@ -14,7 +14,7 @@ X_A = torch.tensor([[2, 1.5, -1, 3.0]])
 
 
 def fixture_sae(k=6, b_dec=(0.0, 0, 0, 0)):
-    sae = sb.TopK(d_sae=6, k=k, d_in=4).build()
+    sae = sb.TopK(d_sae=6, k=k, d_in=4, decoder="unit").build()
     with torch.no_grad():
         sae.W_enc_FD.copy_(D)
         sae.W_dec.copy_(D)
