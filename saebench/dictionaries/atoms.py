@@ -98,6 +98,7 @@ class ThresholdDictionary(LearnedThresholds):
         return Weights(self.atoms_FD @ self.whiten_DD, zeros_F, self.atoms_FD @ self.colour_DD)
 
     def encode(self, x_BD: Tensor) -> SparseCodes:
+        self.check_rows(x_BD)
         weights = self.weights()
         return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, None, just_below(self.thresholds_F))
 

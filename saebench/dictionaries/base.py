@@ -228,6 +228,14 @@ class Dictionary(nn.Module, ABC):
         codes = self.encode(x_BD)
         return codes, self.reconstruct(x_BD, codes)
 
+    def check_rows(self, x_BD: Tensor) -> None:
+        """Raises UserError for anything but rows of the width that is read."""
+        if x_BD.ndim != 2 or x_BD.shape[1] != self.config.d_in:
+            raise UserError(
+                f"activations have shape {tuple(x_BD.shape)}, but {self.config.architecture!r} encodes rows [tokens, {self.config.d_in}]: "
+                "flatten contexts by x.flatten(0, -2), and read the site that the dictionary was trained on"
+            )
+
     def depends_on(self, write: int) -> range:
         """Which of the sites read, by number, the site written as number `write` depends on."""
         return range(len(self.config.reads))

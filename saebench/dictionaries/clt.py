@@ -157,6 +157,7 @@ class CrossLayerTranscoder(Dictionary):
         return x_BW.split(self.d_in, dim=1)
 
     def encode(self, x_BD: Tensor) -> SparseCodes:
+        self.check_rows(x_BD)
         return SparseCodes.side_by_side(self.select(self.split(x_BD), self.weights()))
 
     def decode(self, codes: SparseCodes) -> Tensor:

@@ -74,6 +74,7 @@ class CSRDictionary(SparseAutoencoder):
         for k below 1 or above d_sae."""
         if k is not None and not 1 <= k <= self.config.d_sae:
             raise UserError(f"k={k} is not between 1 and d_sae={self.config.d_sae}")
+        self.check_rows(x_BD)
         return self.select(x_BD, self.weights(), k)
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:

@@ -149,6 +149,7 @@ class LayerGroupDictionary(Dictionary):
 
     def encode(self, x_BD: Tensor) -> SparseCodes:
         """Codes of B * L rows: row b * L + l is layer l of token b."""
+        self.check_rows(x_BD)
         return self.base.encode(self.rows(x_BD))
 
     def decode(self, codes: SparseCodes) -> Tensor:

@@ -69,6 +69,7 @@ class MatchingPursuitDictionary(SparseCoder):
     def encode(self, x_BD: Tensor, steps: int | None = None, tolerance: float | None = None) -> SparseCodes:
         """The code after `steps` steps, or fewer where the residual is shorter than `tolerance` times ||x - b_dec||; both may differ
         from training. Latents in the order in which they were first taken. Raises UserError for steps below 1."""
+        self.check_rows(x_BD)
         return self.solve(self.centred(x_BD), self.atoms, steps, tolerance)[0]
 
     @torch.no_grad()

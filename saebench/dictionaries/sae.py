@@ -168,6 +168,7 @@ class SparseAutoencoder(Dictionary):
     # --- the same for all ---
 
     def encode(self, x_BD: Tensor) -> SparseCodes:
+        self.check_rows(x_BD)
         return self.select(x_BD, self.weights())
 
     def decode(self, codes: SparseCodes) -> Tensor:

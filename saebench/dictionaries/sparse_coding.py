@@ -82,6 +82,7 @@ class SparseCoder(Dictionary):
         return (x_BD - self.b_dec) * self.metric
 
     def encode(self, x_BD: Tensor) -> SparseCodes:
+        self.check_rows(x_BD)
         return self.solve(self.centred(x_BD), self.atoms)[0]
 
     def decode(self, codes: SparseCodes) -> Tensor:

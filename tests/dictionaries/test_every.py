@@ -13,6 +13,7 @@ from saebench.errors import UserError
 from saebench.evaluation import evaluate
 from saebench.features import collect
 from saebench.trainer import TrainConfig
+from saebench.trainer.member import join
 
 RESID, ATTN_IN, ATTN_OUT = "blocks.1.hook_resid_post", "blocks.1.ln1.hook_out", "blocks.1.hook_attn_out"
 MLP_IN, MLP_OUT = [f"blocks.{n}.ln2.hook_out" for n in (0, 1)], [f"blocks.{n}.hook_mlp_out" for n in (0, 1)]
@@ -103,6 +104,29 @@ def test_saved_and_loaded_it_gives_the_same_codes(architecture, stream, together
         one, two = (d.encode_contexts(x_CSD) for d in (part, loaded.parts()[name]))
         assert torch.equal(one.indices, two.indices) and torch.equal(one.values, two.values)
         assert one.indices.numel() <= len(one) * 64
+
+
+@pytest.mark.parametrize("architecture", [name for name in SMALL if name not in ("lorsa", "layer_group")])
+def test_saved_before_it_is_finished_it_gives_the_same_codes(architecture, stream, tmp_path):
+    config = config_of(architecture)
+    sample = {site: encoded.values[:, 1:].flatten(0, 1) for site, encoded in stream.fetch(torch.arange(6), SITES).items()}
+    x_BD, y_BD = join(sample, config := config.for_sites({site: x.shape[1] for site, x in sample.items()}))
+    unfinished = config.build()
+    unfinished.initialise(x_BD, y_BD, torch.Generator().manual_seed(0))
+    unfinished.save(tmp_path / "it")
+    loaded = sb.load(tmp_path / "it")
+    if architecture != "threshold":  # finished latents are in other units there
+        torch.testing.assert_close(loaded.encode(x_BD).to_dense(), unfinished.encode(x_BD).to_dense(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(x_BD), unfinished(x_BD), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [name for name in SMALL if name != "lorsa"])
+def test_activations_of_another_shape_are_one_line(architecture, together):
+    dictionary = together[architecture]
+    width = dictionary.config.d_in
+    for shape in ((5, width + 1), (2, 5, width), (width,)):
+        with pytest.raises(UserError, match=rf"activations have shape \({shape[0]},.*encodes rows \[tokens, {width}\]"):
+            dictionary.encode(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("architecture", [name for name in SMALL if name not in ("csr",)])
