@@ -9,6 +9,7 @@ Shape suffixes: `B` tokens, `D` width, `F` d_sae.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
 from saebench.dictionaries.base import Losses, TrainingBatch, register
-from saebench.dictionaries.geometry import project_out, random_unit_rows, scale_to_unit
+from saebench.dictionaries.geometry import random_unit_rows
 from saebench.dictionaries.l0_control import L0Controller, SparsitySettings
 from saebench.dictionaries.sae import Weights
 from saebench.dictionaries.scaling import Scaling
@@ -139,15 +140,8 @@ class ThresholdDictionary(LearnedThresholds):
         parts = {"whitened": whitened.detach(), "coefficient": coefficient}
         return Losses(whitened + coefficient * l0 / width, parts, codes, squared_error_B, batch.y)
 
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        if self.atoms_FD.grad is not None:
-            project_out(self.atoms_FD.grad, self.atoms_FD)
-
-    @torch.no_grad()
-    def constrain(self, lr: float = 0.0) -> None:
-        scale_to_unit(self.atoms_FD)
-        super().constrain(lr)
+    def unit_rows(self) -> Sequence[Tensor]:
+        return () if self.folded else (self.atoms_FD,)
 
     # --- the finished dictionary is an ordinary one ---
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from saebench.codes import SparseCodes
 from saebench.dictionaries.auxk import default_k_aux, missed_share
 from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch, register
-from saebench.dictionaries.geometry import geometric_median, linear_map, project_out, random_unit_rows, scale_to_unit
+from saebench.dictionaries.geometry import geometric_median, linear_map, random_unit_rows, scale_to_unit
 from saebench.dictionaries.sae import Weights
 from saebench.dictionaries.scaling import Scaling
 from saebench.kernels import encode_topk, sparse_decode, with_gradient
@@ -252,18 +252,8 @@ class CrossLayerTranscoder(Dictionary):
                 written.append(x_BD.new_zeros(len(x_BD), W_dec.shape[1]))
         return missed_share(self.join(written), residual_BW)
 
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        if self.config.decoder == "unit":
-            for W in self.W_dec:
-                if W.grad is not None:
-                    project_out(W.grad.view(len(W), -1), W.view(len(W), -1))
-
-    @torch.no_grad()
-    def constrain(self, lr: float = 0.0) -> None:
-        if self.config.decoder == "unit":
-            for W in self.W_dec:
-                scale_to_unit(W.view(len(W), -1))
+    def unit_rows(self) -> Sequence[Tensor]:
+        return tuple(self.W_dec) if self.config.decoder == "unit" else ()
 
     @torch.no_grad()
     def fold(self, read: Scaling, write: Scaling) -> None:

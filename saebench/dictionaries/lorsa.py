@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from saebench.codes import SparseCodes
 from saebench.dictionaries.auxk import default_k_aux, missed_share
 from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch, register
-from saebench.dictionaries.geometry import project_out, random_directions, random_unit_rows, scale_to_unit
+from saebench.dictionaries.geometry import random_directions, random_unit_rows, scale_to_unit
 from saebench.dictionaries.scaling import Scaling
 from saebench.errors import UserError
 from saebench.kernels import sparse_decode
@@ -312,14 +312,8 @@ class LorsaDictionary(Dictionary):
             parts["auxk"] = aux.detach()
         return Losses(total, parts, codes, error_BD.detach().square().sum(1), y_BD)
 
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        if self.W_dec.grad is not None:
-            project_out(self.W_dec.grad, self.W_dec)
-
-    @torch.no_grad()
-    def constrain(self, lr: float = 0.0) -> None:
-        scale_to_unit(self.W_dec)
+    def unit_rows(self) -> Sequence[Tensor]:
+        return (self.W_dec,)
 
     @torch.no_grad()
     def fold(self, read: Scaling, write: Scaling) -> None:

@@ -12,6 +12,7 @@ Shape suffixes: `B` tokens, `D` width of what is read or written, `F` d_sae.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from saebench.codes import SparseCodes
 from saebench.dictionaries.auxk import auxk_loss, default_k_aux
 from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch
-from saebench.dictionaries.geometry import geometric_median, linear_map, project_out, random_directions, scale_to_unit
+from saebench.dictionaries.geometry import geometric_median, linear_map, random_directions, scale_to_unit
 from saebench.dictionaries.group_penalty import column_blocks, shrink_blocks
 from saebench.dictionaries.orthogonality import orthogonality_penalty
 from saebench.dictionaries.scaling import Scaling
@@ -225,15 +226,12 @@ class SparseAutoencoder(Dictionary):
             parts["orthogonality"] = alike.detach()
         return Losses(total, parts, fit.codes, squared_error_B, batch.y)
 
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        if self.config.decoder == "unit" and self.W_dec.grad is not None:
-            project_out(self.W_dec.grad, self.W_dec)
+    def unit_rows(self) -> Sequence[Tensor]:
+        return (self.W_dec,) if self.config.decoder == "unit" else ()
 
     @torch.no_grad()
     def constrain(self, lr: float = 0.0) -> None:
-        if self.config.decoder == "unit":
-            scale_to_unit(self.W_dec)
+        super().constrain(lr)
         if self.config.group_penalty:
             self._shrink_groups(lr)
 

@@ -9,6 +9,7 @@ Shape suffixes: `B` tokens, `D` width of what is read and written, `F` d_sae.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
 from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch
-from saebench.dictionaries.geometry import project_out, random_unit_rows, scale_to_unit
+from saebench.dictionaries.geometry import random_unit_rows
 from saebench.dictionaries.scaling import Scaling
 from saebench.kernels import matching_pursuit, sparse_decode
 
@@ -121,14 +122,8 @@ class SparseCoder(Dictionary):
         defined = spread > 0
         return torch.where(defined, missed / torch.where(defined, spread, 1.0), 0.0)
 
-    @torch.no_grad()
-    def project_gradients(self) -> None:
-        if self.W_dec.grad is not None:
-            project_out(self.W_dec.grad, self.W_dec)
-
-    @torch.no_grad()
-    def constrain(self, lr: float = 0.0) -> None:
-        scale_to_unit(self.W_dec)
+    def unit_rows(self) -> Sequence[Tensor]:
+        return (self.W_dec,)
 
     @torch.no_grad()
     def resample(self, batch: TrainingBatch) -> dict[str, Tensor]:

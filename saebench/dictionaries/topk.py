@@ -12,22 +12,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from saebench.codes import SparseCodes
-from saebench.dictionaries.base import register
+from saebench.dictionaries.base import DictionaryConfig, register
 from saebench.dictionaries.geometry import random_unit_rows
 from saebench.dictionaries.sae import SAEConfig, SparseAutoencoder, Weights
 from saebench.kernels import encode_topk
 
 
-class KRule(SAEConfig):
-    """Settings of rules that keep k latents."""
+class KSettings(DictionaryConfig):
+    """Settings of whatever keeps k latents of a token."""
 
     k: int = Field(default=32, gt=0)
     """Latents active on each token, at most."""
-    decoder: Literal["unit", "free"] = "free"
-    """Decoder rows of unit length, or of any length with selection by f_i ||d_i||. Measured on planted data and on the bundled model at
-    several learning rates: short free rows leave less error."""
-    aux_coefficient: float = Field(default=1 / 32, ge=0)
-    """Weight of AuxK, by which dead latents learn to reconstruct the residual; 0 leaves it out."""
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
@@ -38,6 +33,16 @@ class KRule(SAEConfig):
     @property
     def default_id(self) -> str:
         return f"{self.architecture}-{self.d_sae}-k{self.k}"
+
+
+class KRule(KSettings, SAEConfig):
+    """Settings of members of the family that keep k latents."""
+
+    decoder: Literal["unit", "free"] = "free"
+    """Decoder rows of unit length, or of any length with selection by f_i ||d_i||. Measured on planted data and on the bundled model at
+    several learning rates: short free rows leave less error."""
+    aux_coefficient: float = Field(default=1 / 32, ge=0)
+    """Weight of AuxK, by which dead latents learn to reconstruct the residual; 0 leaves it out."""
 
 
 class TopK(KRule):

@@ -12,16 +12,16 @@ Shape suffixes: `B` tokens, `D` width, `F` d_sae, `T` steps.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.l0_control import L0Controller, SparsitySettings
 from saebench.dictionaries.sparse_coding import SparseCoder, SparseCodingConfig
+from saebench.dictionaries.topk import KSettings
 from saebench.kernels import encode_above, gathered_dot, proximal_step, sparse_decode
 
 SAMPLE = 1024  # tokens by which step sizes and thresholds are initialised
@@ -78,23 +78,10 @@ class UnrolledDictionary(SparseCoder):
             r_BD = x_BD - sparse_decode(codes, atoms_FD)
 
 
-class IHT(UnrolledConfig):
+class IHT(KSettings, UnrolledConfig):
     """Configuration of an autoencoder whose encoder is unrolled iterative hard thresholding with learned step sizes."""
 
     architecture = "iht"
-
-    k: int = Field(default=32, gt=0)
-    """Latents active on each token, at most."""
-
-    @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k > self.d_sae:
-            raise ValueError(f"k={self.k} exceeds d_sae={self.d_sae}: lower k or raise d_sae")
-        return self
-
-    @property
-    def default_id(self) -> str:
-        return f"{self.architecture}-{self.d_sae}-k{self.k}"
 
 
 @register(IHT)
