@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -104,6 +104,9 @@ class SparseAutoencoder(Dictionary):
     """One encoder matrix, one decoder matrix, and a rule for what stays active."""
 
     config: SAEConfig
+    norms_cancel: ClassVar[bool] = False
+    """Whether the loss is a function of f_i ||d_i|| times d_i / ||d_i|| alone, so that ||d_i|| itself has no gradient: where no penalty is
+    on latents. Saves several passes over the weights in a step."""
 
     def __init__(self, config: SAEConfig):
         super().__init__(config)
@@ -134,7 +137,12 @@ class SparseAutoencoder(Dictionary):
         """Encoder and decoder for latents in units of what they write."""
         if self.config.decoder == "unit" or self.folded:
             return Weights(self.W_enc_FD, self.b_enc, self.W_dec)
-        norm_F = block_norms(self.W_dec, self.config.blocks_out).clamp_min(1e-8)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.norms_cancel):
+            norm_F = block_norms(self.W_dec, self.config.blocks_out).clamp_min(1e-8)
+        if self.norms_cancel:
+            return Weights(
+                ScaledRows.apply(self.W_enc_FD, norm_F), self.b_enc * norm_F, ScaledRows.apply(self.W_dec, 1 / norm_F), norm_F
+            )
         return Weights(self.W_enc_FD * norm_F[:, None], self.b_enc * norm_F, self.W_dec / norm_F[:, None], norm_F)
 
     # --- what a member of the family defines ---
@@ -291,6 +299,21 @@ class SparseAutoencoder(Dictionary):
         self.variance /= out**2
         self.folded = True
         self.drop_training()
+
+
+class ScaledRows(torch.autograd.Function):
+    """Rows times constants, [F, D] by [F]; on the way back the gradient is scaled in place, because it is as large as the weights and belongs
+    to nobody else: the kernels make it anew."""
+
+    @staticmethod
+    def forward(ctx: Any, W_FD: Tensor, scale_F: Tensor) -> Tensor:
+        ctx.save_for_backward(scale_F)
+        return W_FD * scale_F[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, gradient_FD: Tensor) -> tuple[Tensor, None]:
+        (scale_F,) = ctx.saved_tensors
+        return gradient_FD.mul_(scale_F[:, None]), None
 
 
 def block_norms(W_dec_FD: Tensor, widths: tuple[int, ...]) -> Tensor:

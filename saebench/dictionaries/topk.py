@@ -55,6 +55,7 @@ class KRuleDictionary(SparseAutoencoder):
     """A member of the family that keeps k latents, by whatever comparison."""
 
     config: KRule
+    norms_cancel = True
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
         """As the family, with the encoder scaled so that reconstructions of random unit vectors have unit length; with a free decoder

@@ -228,3 +228,19 @@ def test_wrong_configurations_name_the_key(settings, message):
 
 def test_default_k_aux_is_the_nearest_power_of_two():
     assert [default_k_aux(d) for d in (2, 256, 512, 768, 2304)] == [1, 128, 256, 512, 1024]
+
+
+@pytest.mark.parametrize("rule", [sb.TopK, sb.BatchTopK, sb.Matryoshka, sb.OrtSAE])
+def test_lengths_of_free_rows_cancel_in_the_gradient(rule, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 7, generator=generator, dtype=torch.float64) + 1
+    sae = rule(d_sae=32, k=4, d_in=7, aux_coefficient=0.5).build().double()
+    sae.initialise(x, x, generator)
+    with torch.no_grad():
+        sae.W_dec *= torch.rand(32, 1, generator=generator, dtype=torch.float64) + 0.5
+    batch = TrainingBatch(x, x, torch.arange(32) > 24, 3, 10)
+    short = torch.autograd.grad(sae.losses(batch).total, list(sae.parameters()))
+    monkeypatch.setattr(type(sae), "norms_cancel", False)
+    full = torch.autograd.grad(sae.losses(batch).total, list(sae.parameters()))
+    for one, other in zip(short, full, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
