@@ -32,6 +32,7 @@ from saebench.progress import say
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "architectures.json"
 HELD_OUT_SEED = 999
+TEXT = 1_000_000  # tokens from which contexts of the bundled model are drawn
 PART = 4096
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,18 +135,19 @@ class planted:
 
 
 class builtin:
-    """Data and figures of the bundled language model."""
+    """Data and figures of the bundled language model: contexts drawn at random for training, others of the same text held out, because an L0
+    that was stated for one kind of text is another one for another kind."""
 
     def __init__(self, settings: dict[str, Any]):
         self.site = settings["site"]
         self.lm = sb.load_lm("builtin")
-        held_out = sb.load_text("builtin:held_out")
-        self.held_out = sb.pack(held_out, self.lm.tokenizer, context_size=256, num_tokens=settings["held_out"])
-        self.num_tokens = settings["num_tokens"]
+        contexts = sb.pack(sb.builtin_text(), self.lm.tokenizer, context_size=256, num_tokens=TEXT)
+        contexts = contexts[torch.randperm(len(contexts), generator=torch.Generator().manual_seed(HELD_OUT_SEED))]
+        self.contexts = contexts[: settings["num_tokens"] // 255 + 1]  # position 0 is left out
+        self.held_out = contexts[-(settings["held_out"] // 256) :]
 
     def source(self, seed: int, num_tokens: int) -> Any:
-        contexts = sb.pack(sb.builtin_text(), self.lm.tokenizer, context_size=256, num_tokens=self.num_tokens)
-        return sb.harvest(self.lm, contexts, [self.site], HERE / "results" / "acts")
+        return sb.harvest(self.lm, self.contexts, [self.site], HERE / "results" / "acts")
 
     def __call__(self, dictionary: Dictionary) -> dict[str, Any]:
         figures = sb.evaluate(dictionary, self.lm, self.held_out)

@@ -302,8 +302,8 @@ class SparseAutoencoder(Dictionary):
 
 
 class ScaledRows(torch.autograd.Function):
-    """Rows times constants, [F, D] by [F]; on the way back the gradient is scaled in place, because it is as large as the weights and belongs
-    to nobody else: the kernels make it anew."""
+    """Rows times constants, [F, D] by [F]; on the way back the gradient is scaled in place, because it is as large as the weights and
+    belongs to nobody else: the kernels make it anew."""
 
     @staticmethod
     def forward(ctx: Any, W_FD: Tensor, scale_F: Tensor) -> Tensor:
