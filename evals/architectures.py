@@ -135,8 +135,8 @@ class planted:
 
 
 class builtin:
-    """Data and figures of the bundled language model: contexts drawn at random for training, others of the same text held out, because an L0
-    that was stated for one kind of text is another one for another kind."""
+    """Data and figures of the bundled language model: contexts drawn at random for training, others of the same text held out, because
+    an L0 that was stated for one kind of text is another one for another kind."""
 
     def __init__(self, settings: dict[str, Any]):
         self.site = settings["site"]
