@@ -162,7 +162,7 @@ def test_a_resumed_member_takes_the_same_steps(kind):
 def test_biases_start_where_every_latent_fires_equally_often(kind):
     x = planted(8192)
     for l0 in (5, 20):
-        sae = getattr(sb, kind)(d_sae=64, d_in=32, initial_l0=l0).build()
+        sae = getattr(sb, kind)(d_sae=64, d_in=32, initial_l0=l0, decoder="unit").build()
         sae.initialise(x, x, torch.Generator().manual_seed(0))
         codes = sae.encode(x)
         assert float(codes.l0().float().mean()) == pytest.approx(l0, rel=0.02)

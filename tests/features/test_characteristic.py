@@ -51,7 +51,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def dictionary():
-    dictionary = sb.TopK(d_sae=8, k=8, d_in=8, site="a").build().requires_grad_(False)
+    dictionary = sb.TopK(d_sae=8, k=8, d_in=8, site="a", decoder="unit").build().requires_grad_(False)
     dictionary.W_enc_FD.copy_(torch.eye(8))
     dictionary.W_dec.copy_(torch.eye(8))
     dictionary.W_dec[COPY] = torch.eye(8)[RARE] + 0.5 * torch.eye(8)[COPY]  # cosine 0.89 with RARE
@@ -77,7 +77,7 @@ def test_the_specific_are_chosen_and_their_likes_skipped(dictionary, postings):
 
 
 def test_near_decoders_are_skipped_though_their_tokens_differ(dictionary, postings):
-    near = sb.TopK(d_sae=8, k=8, d_in=8, site="a").build().requires_grad_(False)
+    near = sb.TopK(d_sae=8, k=8, d_in=8, site="a", decoder="unit").build().requires_grad_(False)
     near.W_dec.copy_(dictionary.W_dec)
     near.W_dec[[TURNED, COPY, OTHER]] = near.W_dec[RARE].clone()
     assert OTHER not in [feature.latent for feature in characteristic_features(near, postings, 10)]

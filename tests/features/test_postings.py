@@ -35,7 +35,7 @@ def x_NSD():
 @pytest.fixture(scope="module")
 def dictionary():
     generator = torch.Generator().manual_seed(6)
-    dictionary = sb.TopK(d_sae=D_SAE, k=K, d_in=D_IN, site=SITE).build().requires_grad_(False)
+    dictionary = sb.TopK(d_sae=D_SAE, k=K, d_in=D_IN, site=SITE, decoder="unit").build().requires_grad_(False)
     dictionary.W_enc_FD.copy_(torch.randn(D_SAE, D_IN, generator=generator))
     dictionary.W_dec.copy_(torch.randn(D_SAE, D_IN, generator=generator))
     dictionary.b_enc.copy_(torch.randn(D_SAE, generator=generator) * 0.3)
