@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import saebench as sb
+from evals.architectures import builtin
 from evals.page import PAGE, replace, values_of
 from evals.shared import HERE, SEEDS, activations, architectures, differs, held_out, lm, timed, trained
 from saebench.activations.angular import angular_distances
@@ -153,8 +154,9 @@ def no_k() -> dict[str, Any]:
     k = round(statistics.fmean(measured["l0"]))
     configs = {rule.__name__: rule(d_sae=settings["d_sae"], k=k) for rule in (sb.TopK, sb.BatchTopK)}
     rows: Rows = [{"dictionary": "top-AFA", **measured}]
-    for name, sae in trained(configs, activations(settings["site"]), 0).items():
-        figures = sb.evaluate(sae, lm(), held_out())
+    measure, tokens = builtin(settings), settings["num_tokens"]
+    for name, sae in trained(configs, measure.source(0, tokens), 0, num_tokens=tokens).items():
+        figures = measure(sae)
         rows.append({"dictionary": f"{name}, k = {k}", **{key: figures[key] for key in measured}})
     ratio = statistics.fmean(measured["fvu"]) / min(row["fvu"] for row in rows[1:])
     return {
