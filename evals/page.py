@@ -118,6 +118,9 @@ def draw(plan: dict[str, Any], results: dict[str, Any]) -> None:
         ylabel="FVU",
         title="Bundled model, blocks.2.hook_resid_post",
     )
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8, ncols=2)
     figure.tight_layout()
