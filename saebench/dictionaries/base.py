@@ -153,6 +153,20 @@ def _as_tuple(site: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if site is None else (site,) if isinstance(site, str) else tuple(site)
 
 
+class FirstDirections(DictionaryConfig):
+    """Settings of dictionaries whose first directions are drawn."""
+
+    initial_directions: Literal["random", "active_subspace"] = "random"
+    """Where the first directions lie: anywhere, or in the subspace that holds `active_share` of the variance (methods.md T15)."""
+    active_share: float = Field(default=0.99, gt=0, le=1)
+    """Share of the variance that the active subspace holds."""
+
+    @property
+    def drawn_share(self) -> float | None:
+        """Share of the variance in the subspace that directions are drawn from; None for the whole space."""
+        return self.active_share if self.initial_directions == "active_subspace" else None
+
+
 @dataclass(frozen=True)
 class TrainingBatch:
     """One step's data, normalised: what is read and what is to be written, and where in the run the step is."""

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
 from saebench.dictionaries.auxk import default_k_aux, missed_share
-from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch, register
-from saebench.dictionaries.geometry import geometric_median, linear_map, random_unit_rows, scale_to_unit
+from saebench.dictionaries.base import Dictionary, FirstDirections, Losses, TrainingBatch, register
+from saebench.dictionaries.geometry import geometric_median, linear_map, random_directions, scale_to_unit
 from saebench.dictionaries.sae import Weights
 from saebench.dictionaries.scaling import Scaling
 from saebench.kernels import encode_topk, sparse_decode, with_gradient
@@ -33,7 +33,7 @@ from saebench.kernels.encode_topk import select_topk
 EXAMPLE = 'site = ["blocks.0.mlp.hook_in", ...] and target = ["blocks.0.hook_mlp_out", ...]'
 
 
-class CrossLayerConfig(DictionaryConfig):
+class CrossLayerConfig(FirstDirections):
     """What configurations of cross-layer transcoders have in common: `site` and `target` list as many sites, layer by layer."""
 
     decoder: Literal["unit", "free"] = "unit"
@@ -208,13 +208,13 @@ class CrossLayerTranscoder(Dictionary):
 
     @torch.no_grad()
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
-        """Encoder directions random, each layer writing to itself what the best linear map makes of them, and nothing to later
-        layers. Biases centre inputs and outputs."""
+        """Encoder directions random or in their layer's active subspace, each layer writing to itself what the best linear map makes of
+        them, and nothing to later layers. Biases centre inputs and outputs."""
         self.variance.copy_((y - y.mean(0)).square().mean())
         layers = zip(self.W_enc_FD.split(self.config.per_layer), self.b_enc.split(self.config.per_layer), self.W_dec, strict=True)
         targets, medians = y.split(self.d_out, dim=1), self.b_dec.split(self.d_out)
         for (W_enc_MD, b_enc_M, W_dec), x_BD, y_BD, b_dec_D in zip(layers, self.split(x), targets, medians, strict=True):
-            W_enc_MD.copy_(random_unit_rows(len(W_enc_MD), self.d_in, generator))
+            W_enc_MD.copy_(random_directions(len(W_enc_MD), x_BD, generator, self.config.drawn_share))
             b_enc_M.copy_(-W_enc_MD @ x_BD.mean(0))
             W_dec.zero_()
             W_dec[:, 0] = W_enc_MD @ linear_map(x_BD, y_BD)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
 from saebench.dictionaries.auxk import auxk_loss, default_k_aux
-from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch
+from saebench.dictionaries.base import Dictionary, FirstDirections, Losses, TrainingBatch
 from saebench.dictionaries.geometry import geometric_median, linear_map, random_directions, scale_to_unit
 from saebench.dictionaries.group_penalty import column_blocks, shrink_blocks
 from saebench.dictionaries.orthogonality import orthogonality_penalty
@@ -31,7 +31,7 @@ from saebench.errors import UserError
 from saebench.kernels import sparse_decode
 
 
-class SAEConfig(DictionaryConfig):
+class SAEConfig(FirstDirections):
     """What the family's configurations have in common."""
 
     decoder: Literal["unit", "free"] = "unit"
@@ -42,10 +42,6 @@ class SAEConfig(DictionaryConfig):
     """Whether an autoencoder subtracts b_dec from its input; a transcoder never does."""
     skip: bool = False
     """Whether a linear map from input to output bypasses the latents (skip transcoder)."""
-    initial_directions: Literal["random", "active_subspace"] = "random"
-    """Where the first directions lie: anywhere, or in the subspace that holds `active_share` of the variance (methods.md T15)."""
-    active_share: float = Field(default=0.99, gt=0, le=1)
-    """Share of the variance that the active subspace holds."""
     initial_bias: Literal["median", "mean", "zero"] = "median"
     """Where b_dec starts: geometric median or mean of what is written, or 0."""
     aux_coefficient: float = Field(default=0.0, ge=0)
@@ -195,14 +191,13 @@ class SparseAutoencoder(Dictionary):
         """Decoder directions random, or in the active subspace; an autoencoder's encoder is tied to them, a transcoder has random
         encoder directions and writes what the best linear map makes of them."""
         config = self.config
-        share = config.active_share if config.initial_directions == "active_subspace" else None
         with torch.no_grad():
             self.variance.copy_((y - y.mean(0)).square().mean())
             self.b_dec.copy_(
                 {"median": geometric_median, "mean": lambda v: v.mean(0), "zero": lambda _: 0.0}[config.initial_bias](y)
             )
             self.b_enc.zero_()
-            self.W_enc_FD.copy_(random_directions(len(self.W_enc_FD), x, generator, share))
+            self.W_enc_FD.copy_(random_directions(len(self.W_enc_FD), x, generator, config.drawn_share))
             if config.rewrites:
                 self.W_dec.copy_(self.W_enc_FD)
             else:

@@ -17,13 +17,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
-from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch
-from saebench.dictionaries.geometry import random_unit_rows
+from saebench.dictionaries.base import Dictionary, FirstDirections, Losses, TrainingBatch
+from saebench.dictionaries.geometry import random_directions
 from saebench.dictionaries.scaling import Scaling
 from saebench.kernels import matching_pursuit, sparse_decode
 
 
-class SparseCodingConfig(DictionaryConfig):
+class SparseCodingConfig(FirstDirections):
     """What configurations of dictionaries without an encoder matrix have in common."""
 
     aux_coefficient: float = Field(default=1 / 32, ge=0)
@@ -90,11 +90,11 @@ class SparseCoder(Dictionary):
         return sparse_decode(codes, self.W_dec) + self.b_dec
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
-        """Random unit atoms around the mean."""
+        """Random unit atoms around the mean, anywhere or in the active subspace."""
         with torch.no_grad():
             self.variance.copy_((x - x.mean(0)).square().mean())
             self.b_dec.copy_(x.mean(0))
-            self.W_dec.copy_(random_unit_rows(len(self.W_dec), x.shape[1], generator))
+            self.W_dec.copy_(random_directions(len(self.W_dec), x, generator, self.config.drawn_share))
             self.set_thresholds(self.centred(x))
 
     def losses(self, batch: TrainingBatch) -> Losses:

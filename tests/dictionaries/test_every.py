@@ -162,3 +162,21 @@ def test_the_docs_have_a_row_for_each():
     page = (Path(__file__).parent.parent.parent / "docs" / "architectures.md").read_text()
     told = set(re.findall(r"^\| `(\w+)`", page, re.M))
     assert told == set(base.CONFIGS)
+
+
+@pytest.mark.parametrize("architecture", [name for name in SMALL if name not in ("lorsa", "layer_group", "threshold")])
+def test_first_directions_may_lie_in_the_active_subspace(architecture):
+    """Whatever reads activations of which two directions in eight vary starts from directions in their plane. (Lorsa: test_lorsa.py; a
+    layer group starts as its base; atoms start in a whitened space.)"""
+    generator = torch.Generator().manual_seed(0)
+    plane = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:2]
+    config = config_of(architecture).model_copy(update={"initial_directions": "active_subspace"})
+    sites = dict.fromkeys([*config.reads, *config.writes], 8)
+    config = config.for_sites(sites)
+    sample = {site: torch.randn(500, 2, generator=generator) @ plane + 1 for site in sites}
+    x_BD, y_BD = join(sample, config)
+    dictionary = config.build()
+    dictionary.initialise(x_BD, y_BD, generator)
+    rows = dictionary.W_enc_FD if hasattr(dictionary, "W_enc_FD") else dictionary.W_dec
+    rows = rows.detach().unflatten(1, (-1, 8)).flatten(0, 1)
+    torch.testing.assert_close(rows @ plane.T @ plane, rows, rtol=0, atol=1e-4 * float(rows.norm(dim=1).max()))
