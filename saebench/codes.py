@@ -17,7 +17,8 @@ from torch import Tensor
 
 @dataclass
 class LatentOrder:
-    """The entries of a code sorted by latent: what a transposed sparse matrix needs. Sorted once, on first use.
+    """The entries of a code sorted by latent: what a transposed sparse matrix needs. Sorted once, on first use, by
+    `kernels/latent_order.py`; codes with the same entries share it.
 
     `indices_N` are the latents of all entries in row-major order, `tokens_N` their rows. Within a latent, entries keep the
     order of the tokens, so sums over them are deterministic.
@@ -26,21 +27,14 @@ class LatentOrder:
     indices_N: Tensor
     tokens_N: Tensor
     d_sae: int
+    by_latent: tuple[Tensor, Tensor] | None = None
+    """Positions of the entries latent by latent [N], and where each latent's begin [F + 1]: int32."""
 
     @cached_property
-    def order_N(self) -> Tensor:
-        """Positions of the entries, latent by latent."""
-        return torch.argsort(self.indices_N, stable=True)
-
-    @cached_property
-    def sorted_tokens_N(self) -> Tensor:
-        return self.tokens_N[self.order_N]
-
-    @cached_property
-    def starts_F(self) -> Tensor:
-        """Where each latent's entries begin in `order_N`."""
-        counts_F = torch.bincount(self.indices_N, minlength=self.d_sae)
-        return torch.cumsum(counts_F, 0) - counts_F
+    def tokens_by_latent_N(self) -> Tensor:
+        """The tokens of the entries, latent by latent: int32."""
+        assert self.by_latent is not None
+        return self.tokens_N.to(torch.int32)[self.by_latent[0]]
 
 
 CROWDED = 24  # with more than one entry in so many active, dense products over blocks of tokens are faster than gathering rows
@@ -52,8 +46,7 @@ class SparseCodes:
     """The active latents of `B` tokens.
 
     Fixed-k codes hold `indices` and `values` of shape [B, K] and no `offsets`; an entry whose value is 0 is padding. Ragged
-    codes hold flat [N] tensors and `offsets` [B + 1] (int64) where each row begins. `indices` are int64 on the way through
-    torch and int32 on disk.
+    codes hold flat [N] tensors and `offsets` [B + 1] (int64) where each row begins. `indices` are int32.
     """
 
     indices: Tensor
@@ -65,6 +58,8 @@ class SparseCodes:
     def __post_init__(self) -> None:
         if self.indices.shape != self.values.shape:
             raise ValueError(f"indices {tuple(self.indices.shape)} and values {tuple(self.values.shape)} differ in shape")
+        if self.indices.dtype != torch.int32:
+            self.indices = self.indices.to(torch.int32)
         if (self.offsets is None) != (self.indices.ndim == 2):
             raise ValueError("fixed-k codes are [B, K] without offsets; ragged codes are flat with offsets")
 
@@ -79,7 +74,7 @@ class SparseCodes:
         """Ragged codes from entries sorted by token."""
         counts_B = torch.bincount(tokens_N, minlength=num_tokens)
         codes = cls(indices_N, values_N, d_sae, torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)]))
-        codes._order = LatentOrder(indices_N, tokens_N, d_sae)
+        codes._order = LatentOrder(codes.indices, tokens_N, d_sae)
         return codes
 
     @classmethod
@@ -137,7 +132,7 @@ class SparseCodes:
 
     @property
     def order(self) -> LatentOrder:
-        """The same entries by latent (computed once)."""
+        """The same entries by latent."""
         if self._order is None:
             self._order = LatentOrder(self.indices.reshape(-1), self._tokens(), self.d_sae)
         return self._order
@@ -170,10 +165,10 @@ class SparseCodes:
             yield start, dense_bF
 
     def nonzero(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(token, latent, value) of every entry that is not padding, each [N], row-major."""
+        """(token, latent, value) of every entry that is not padding, each [N], row-major; the first two int64."""
         values_N = self.values.reshape(-1)
         kept_N = values_N != 0
-        return self.tokens[kept_N], self.indices.reshape(-1)[kept_N], values_N[kept_N]
+        return self.tokens[kept_N], self.indices.reshape(-1)[kept_N].long(), values_N[kept_N]
 
     def l0(self) -> Tensor:
         """Active latents of each token: [B] int64."""

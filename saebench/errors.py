@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class Interrupted(Exception):
     """Work stopped on request, with everything saved; the message says how to continue. Exit code 130."""
+
+
+class NotFinite(UserError):
+    """NaN or Inf where numbers are needed."""

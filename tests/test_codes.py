@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from saebench.codes import SparseCodes
+from saebench.kernels.latent_order import latent_order
 
 
 @pytest.fixture
@@ -35,10 +36,10 @@ def test_slices_are_the_rows_of_the_matrix(dense, rows):
 
 
 def test_order_lists_entries_latent_by_latent_in_token_order(dense):
-    order = SparseCodes.from_dense(dense).order
+    order = latent_order(SparseCodes.from_dense(dense))
     rows, columns = dense.T.nonzero(as_tuple=True)
-    assert order.sorted_tokens_N.tolist() == columns.tolist()
-    assert order.starts_F.tolist() == [int((rows < f).sum()) for f in range(12)]
+    assert order.tokens_by_latent_N.tolist() == columns.tolist()
+    assert order.by_latent[1].tolist() == [int((rows < f).sum()) for f in range(13)]
 
 
 def test_wrong_shapes_are_refused():

@@ -212,7 +212,7 @@ def _latents_of(
         return []
     x_SD = torch.cat([value[0] for value in lm.read(ids_CS, list(dictionary.config.reads)).values()], 1).float()
     positions_N, latents_N, values_N = dictionary.encode(x_SD).nonzero()
-    directions_ND = dictionary.weights().W_dec_FD[latents_N]
+    directions_ND = dictionary.weights().folded().W_dec_FD[latents_N]
     return [(site, (positions_N, latents_N, mixed(values_N[:, None] * directions_ND)))]
 
 
@@ -227,7 +227,7 @@ def _attention(lm: Any, layer: int, ids_CS: Tensor) -> tuple[Tensor, Tensor]:
 
 def _encoder(dictionary: SparseAutoencoder, latent: int, num_heads: int) -> tuple[Tensor, float]:
     """A latent's encoder by head [H, E] and its bias."""
-    weights = dictionary.weights()
+    weights = dictionary.weights().folded()
     if not 0 <= latent < len(weights.W_enc_FD):
         raise UserError(f"latent {latent} is not one of the {len(weights.W_enc_FD)}, counted from 0")
     return _by_head(weights.W_enc_FD[latent].detach(), num_heads), float(weights.b_enc_F[latent])

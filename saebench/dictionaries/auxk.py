@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from saebench.kernels import encode_topk, sparse_decode
+from saebench.kernels import encode_topk
+
+if TYPE_CHECKING:
+    from saebench.dictionaries.sae import Weights
 
 
 def default_k_aux(d_in: int) -> int:
@@ -15,27 +19,18 @@ def default_k_aux(d_in: int) -> int:
     return 2 ** max(0, round(math.log2(d_in / 2)))
 
 
-def auxk_loss(
-    x_BD: Tensor,
-    residual_BD: Tensor,
-    W_enc_FD: Tensor,
-    b_enc_F: Tensor,
-    b_in_D: Tensor | None,
-    W_dec_FD: Tensor,
-    dead_F: Tensor,
-    k_aux: int,
-) -> Tensor:
+def auxk_loss(x_BD: Tensor, error_BD: Tensor, weights: Weights, b_in_D: Tensor | None, dead_F: Tensor, k_aux: int) -> Tensor:
     """||e - e_hat||^2 / ||e - mean(e)||^2 over the batch, where e_hat decodes the k_aux strongest dead latents (without b_dec).
 
-    `residual_BD` is e = y - y_hat, detached; b_in is what the encoder subtracts from x.
+    `error_BD` is y_hat - y = -e, taken as constant; b_in is what the encoder subtracts from x.
     Gradients reach encoder and decoder rows of the dead latents, and no others'.
     0 where no latent is dead or the residual has no spread.
     """
-    dead = dead_F.nonzero()[:, 0]
-    if len(dead) == 0:
+    dead_M = dead_F.nonzero()[:, 0]
+    if len(dead_M) == 0:
         return x_BD.new_zeros(())
-    codes = encode_topk(x_BD, W_enc_FD[dead], b_enc_F[dead], b_in_D, min(k_aux, len(dead)))
-    return missed_share(sparse_decode(codes, W_dec_FD[dead]), residual_BD)
+    codes = encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, b_in_D, k_aux, weights.norm_F, dead_M)
+    return missed_share(weights.decode(codes), -error_BD.detach())
 
 
 def missed_share(e_hat_BD: Tensor, residual_BD: Tensor) -> Tensor:

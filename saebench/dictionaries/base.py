@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
 from saebench.config import Config
-from saebench.dictionaries.geometry import project_out, scale_to_unit
 from saebench.dictionaries.scaling import Scaling
 from saebench.errors import UserError
 from saebench.files import check_files, read_manifest, read_tensors, replacing_directory, sha256, write_manifest, write_tensors
@@ -280,21 +279,13 @@ class Dictionary(nn.Module, ABC):
         """The training objective on a batch."""
 
     def unit_rows(self) -> Sequence[Tensor]:
-        """Parameters whose rows, whatever is within one flattened, are kept at length 1."""
+        """Parameters whose rows, whatever is within one flattened, the optimiser keeps at length 1: it removes from the gradient of a row
+        what points along it, and scales the row after the step."""
         return ()
 
     @torch.no_grad()
-    def project_gradients(self) -> None:
-        """Adjust gradients to constraints on the parameters; called before clipping and the optimiser's step."""
-        for W in self.unit_rows():
-            if W.grad is not None:
-                project_out(W.grad.flatten(1), W.flatten(1))
-
-    @torch.no_grad()
     def constrain(self, lr: float = 0.0) -> None:
-        """Restore constraints on the parameters; called after the optimiser's step, which had this learning rate."""
-        for W in self.unit_rows():
-            scale_to_unit(W.flatten(1))
+        """Restore other constraints on the parameters; called after the optimiser's step, which had this learning rate."""
 
     @torch.no_grad()
     def resample(self, batch: TrainingBatch) -> dict[str, Tensor]:

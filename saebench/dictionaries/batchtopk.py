@@ -64,18 +64,18 @@ class BatchTopKDictionary(KRuleDictionary):
         """By the threshold, unless the configuration says batch or no threshold is known yet."""
         if self.config.inference == "batch" or float(self.threshold) < 0:
             return self.select_batch(x_BD, weights)
-        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.threshold)
+        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.threshold, weights.norm_F)
 
     def select_batch(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
         """By comparison within the batch, as in training."""
-        guess = GUESS * float(self.smallest_kept)
-        return encode_batch_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.config.k * len(x_BD), guess)
+        count, guess = self.config.k * len(x_BD), GUESS * float(self.smallest_kept)
+        return encode_batch_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, count, guess, weights.norm_F)
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """The squared error, with latents compared within the batch."""
         codes = self.select_batch(batch.x, weights)
-        error_BD = self.write(codes, weights, batch.x) - batch.y
-        return Fit(codes, error_BD, error_BD.square().sum(1).mean(), self.follow(codes, batch))
+        error_BD, squares_B = self.error(codes, weights, batch)
+        return Fit(codes, error_BD, squares_B, squares_B.mean(), self.follow(codes, batch))
 
     @torch.no_grad()
     def follow(self, codes: SparseCodes, batch: TrainingBatch) -> dict[str, Tensor]:

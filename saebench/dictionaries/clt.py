@@ -27,8 +27,8 @@ from saebench.dictionaries.base import Dictionary, FirstDirections, Losses, Trai
 from saebench.dictionaries.geometry import geometric_median, linear_map, random_directions, scale_to_unit
 from saebench.dictionaries.sae import Weights
 from saebench.dictionaries.scaling import Scaling
-from saebench.kernels import encode_topk, sparse_decode, with_gradient
-from saebench.kernels.encode_topk import select_topk
+from saebench.kernels import encode_topk, with_gradient
+from saebench.kernels.stock import select_topk
 
 EXAMPLE = 'site = ["blocks.0.mlp.hook_in", ...] and target = ["blocks.0.hook_mlp_out", ...]'
 
@@ -116,14 +116,13 @@ class CrossLayerTranscoder(Dictionary):
         return self.W_dec[source][:, target - source]
 
     def weights(self) -> list[Weights]:
-        """Encoder and decoder of each layer for latents in units of what they write. What a layer writes to itself and all later ones is
-        side by side: [M, (L - l) * D]."""
+        """Encoder and decoder of each layer, and what makes its latents be in units of what they write. What a layer writes to itself and
+        all later ones is side by side: [M, (L - l) * D]."""
         per_layer = self.config.per_layer
         layers = zip(self.W_enc_FD.split(per_layer), self.b_enc.split(per_layer), (W.flatten(1) for W in self.W_dec), strict=True)
         if self.config.decoder == "unit" or self.folded:
             return [Weights(W_enc, b_enc, W_dec) for W_enc, b_enc, W_dec in layers]
-        normed = [(W_enc, b_enc, W_dec, W_dec.norm(dim=1).clamp_min(1e-8)) for W_enc, b_enc, W_dec in layers]
-        return [Weights(W * norm[:, None], b * norm, W_dec / norm[:, None], norm) for W, b, W_dec, norm in normed]
+        return [Weights(W_enc, b_enc, W_dec, W_dec.norm(dim=1).clamp_min(1e-8)) for W_enc, b_enc, W_dec in layers]
 
     # --- what a member defines ---
 
@@ -165,7 +164,7 @@ class CrossLayerTranscoder(Dictionary):
 
     def write(self, codes: Sequence[SparseCodes], weights: Sequence[Weights]) -> Tensor:
         """What the codes of all layers say of all targets: [B, W]."""
-        written = [sparse_decode(code, layer.W_dec_FD) for code, layer in zip(codes, weights, strict=True)]
+        written = [layer.decode(code) for code, layer in zip(codes, weights, strict=True)]
         return self.join(written) + self.b_dec
 
     def join(self, written: Sequence[Tensor]) -> Tensor:
@@ -195,7 +194,7 @@ class CrossLayerTranscoder(Dictionary):
     def _write_from(self, layer: int, x_CSD: Tensor, skip: int) -> Tensor:
         """What the latents of one layer write to it and all later ones: [B, (L - l) * D]."""
         weights = self.weights()[layer]
-        return sparse_decode(self.select_layer(layer, x_CSD[:, skip:].flatten(0, 1), weights), weights.W_dec_FD)
+        return weights.decode(self.select_layer(layer, x_CSD[:, skip:].flatten(0, 1), weights))
 
     def _once(self, key: Any, inputs: Sequence[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """compute(), or what it gave for the very same tensors before."""
@@ -244,12 +243,11 @@ class CrossLayerTranscoder(Dictionary):
         written = []
         dead = [dead_M.nonzero()[:, 0] for dead_M in dead_F.split(self.config.per_layer)]
         for dead_K, x_BD, layer in zip(dead, self.split(x_BW), weights, strict=True):
-            W_dec = layer.W_dec_FD[dead_K]
             if len(dead_K):
-                codes = encode_topk(x_BD, layer.W_enc_FD[dead_K], layer.b_enc_F[dead_K], None, min(self.k_aux, len(dead_K)))
-                written.append(sparse_decode(codes, W_dec))
+                codes = encode_topk(x_BD, layer.W_enc_FD, layer.b_enc_F, None, self.k_aux, layer.norm_F, dead_K)
+                written.append(layer.decode(codes))
             else:
-                written.append(x_BD.new_zeros(len(x_BD), W_dec.shape[1]))
+                written.append(x_BD.new_zeros(len(x_BD), layer.W_dec_FD.shape[1]))
         return missed_share(self.join(written), residual_BW)
 
     def unit_rows(self) -> Sequence[Tensor]:
@@ -319,17 +317,22 @@ class TopKCrossLayerTranscoder(CrossLayerTranscoder):
         self.causal = not config.joint
 
     def select_layer(self, layer: int, x_BD: Tensor, weights: Weights) -> SparseCodes:
-        return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, None, self.config.k)
+        return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, None, self.config.k, weights.norm_F)
 
     def select(self, inputs: Sequence[Tensor], weights: Sequence[Weights]) -> list[SparseCodes]:
         if not self.config.joint:
             return super().select(inputs, weights)
-        encoders = [(x_BD, layer.W_enc_FD, layer.b_enc_F) for x_BD, layer in zip(inputs, weights, strict=True)]
+        encoders = list(zip(inputs, weights, strict=True))
         with torch.no_grad():  # what is among the k largest of all is among the k largest of its layer
             k, per_layer = self.config.k, self.config.per_layer
-            best = SparseCodes.side_by_side([encode_topk(x_BD, W_enc, b_enc, None, k) for x_BD, W_enc, b_enc in encoders])
+            best = SparseCodes.side_by_side(
+                [encode_topk(x_BD, of.W_enc_FD, of.b_enc_F, None, k, of.norm_F) for x_BD, of in encoders]
+            )
             order_BN = best.indices.argsort(1)  # so that of equal scores the lowest number wins
             values_BK, places_BK = select_topk(best.values.gather(1, order_BN), k)
             indices_BK = best.indices.gather(1, order_BN).gather(1, places_BK)
             parts = SparseCodes(indices_BK, values_BK, best.d_sae).split([per_layer] * len(encoders))
-        return [with_gradient(part, x_BD, W_enc, b_enc, None) for part, (x_BD, W_enc, b_enc) in zip(parts, encoders, strict=True)]
+        return [
+            with_gradient(part, x_BD, of.W_enc_FD, of.b_enc_F, None, of.norm_F)
+            for part, (x_BD, of) in zip(parts, encoders, strict=True)
+        ]

@@ -70,7 +70,7 @@ class JumpReLUCrossLayerTranscoder(LearnedThresholds, CrossLayerTranscoder):
         return threshold_M if weights.norm_F is None else threshold_M * weights.norm_F
 
     def select_layer(self, layer: int, x_BD: Tensor, weights: Weights) -> SparseCodes:
-        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, None, self.layer_threshold(layer, weights))
+        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, None, self.layer_threshold(layer, weights), weights.norm_F)
 
     def objective(self, batch: TrainingBatch, weights: Sequence[Weights]) -> LayerFit:
         """sum-MSE + coefficient * sum_i tanh(slope f_i ||d_i||) + pull * sum_i ReLU(threshold_i - z_i) ||d_i||."""
@@ -78,7 +78,7 @@ class JumpReLUCrossLayerTranscoder(LearnedThresholds, CrossLayerTranscoder):
         thresholds = [self.layer_threshold(number, layer) for number, layer in enumerate(weights)]
         layers = list(zip(self.split(batch.x), weights, thresholds, strict=True))
         encoded = [
-            encode_jumprelu(x_BD, layer.W_enc_FD, layer.b_enc_F, None, threshold_M, config.bandwidth * unit, True)
+            encode_jumprelu(x_BD, layer.W_enc_FD, layer.b_enc_F, None, threshold_M, config.bandwidth * unit, True, layer.norm_F)
             for x_BD, layer, threshold_M in layers
         ]
         codes = [code for code, _ in encoded]

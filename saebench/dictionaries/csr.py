@@ -23,7 +23,7 @@ from saebench.dictionaries.topk import KRule
 from saebench.errors import UserError
 from saebench.kernels import encode_topk
 from saebench.kernels.code_dots import self_contrast
-from saebench.kernels.encode_topk import select_topk
+from saebench.kernels.stock import select_topk
 
 WIDER = 4  # the second sparsity that is trained, as a multiple of k
 
@@ -61,13 +61,13 @@ class CSRDictionary(SparseAutoencoder):
         """As the family, with the decoder's rows in both places until folding."""
         if self.folded:
             return super().weights()
-        if self.config.decoder == "unit":
-            return Weights(self.W_dec, self.b_enc, self.W_dec)
-        norm_F = block_norms(self.W_dec, self.config.blocks_out).clamp_min(1e-8)
-        return Weights(self.W_dec * norm_F[:, None], self.b_enc * norm_F, self.W_dec / norm_F[:, None], norm_F)
+        free = self.config.decoder == "free"
+        norm_F = block_norms(self.W_dec, self.config.blocks_out).clamp_min(1e-8) if free else None
+        return Weights(self.W_dec, self.b_enc, self.W_dec, norm_F)
 
     def select(self, x_BD: Tensor, weights: Weights, k: int | None = None) -> SparseCodes:
-        return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.config.k if k is None else k)
+        k = self.config.k if k is None else k
+        return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, k, weights.norm_F)
 
     def encode(self, x_BD: Tensor, k: int | None = None) -> SparseCodes:
         """The code with k active latents, or another number than in training: the k largest of it for a smaller k. Raises UserError
@@ -84,18 +84,18 @@ class CSRDictionary(SparseAutoencoder):
         wide = self.select(batch.x, weights, min(WIDER * config.k, config.d_sae))
         first_BK = select_topk(wide.values.detach(), config.k)[1]
         codes = SparseCodes(wide.indices.gather(1, first_BK), wide.values.gather(1, first_BK), config.d_sae)
-        error_BD = self.write(codes, weights, batch.x) - batch.y
-        loss, parts = error_BD.square().sum(1).mean(), {}
+        error_BD, squares_B = self.error(codes, weights, batch)
+        loss, parts = squares_B.mean(), {}
         unit = batch.y.shape[1] * self.variance
         if config.wide_coefficient:
-            missed = (self.write(wide, weights, batch.x) - batch.y).square().sum(1).mean()
+            missed = self.error(wide, weights, batch)[1].mean()
             loss = loss + config.wide_coefficient * missed
             parts["wide"] = missed.detach() / unit
         if config.contrast_coefficient:
             contrast = self_contrast(codes, config.temperature)
             loss = loss + config.contrast_coefficient * unit * contrast
             parts["contrast"] = contrast.detach()
-        return Fit(codes, error_BD, loss, parts)
+        return Fit(codes, error_BD, squares_B, loss, parts)
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
         """As the family, all rows of the length with which a sample is best reconstructed at k."""

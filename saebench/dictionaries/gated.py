@@ -19,7 +19,7 @@ from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.l0_control import L0Controller, SparsityRule, first_l1_coefficient, start_at_l0
 from saebench.dictionaries.sae import Fit, SparseAutoencoder, Weights
-from saebench.kernels import encode_above, sparse_decode
+from saebench.kernels import decode_error, encode_above
 
 
 class Gated(SparsityRule):
@@ -55,13 +55,14 @@ class GatedDictionary(SparseAutoencoder):
 
     def gate_and_values(self, x_BD: Tensor, weights: Weights) -> tuple[SparseCodes, SparseCodes]:
         """g = p + b_enc and f at the entries where g > 0. An entry of f may be 0: its gate is open and its magnitude is not positive."""
-        b_gate_F, b_mag_F = weights.b_enc_F, self.b_mag if weights.norm_F is None else self.b_mag * weights.norm_F
+        b_gate_F, b_mag_F = weights.times_norm(weights.b_enc_F), weights.times_norm(self.b_mag)
         # the encoder's pass holds the gate's bias constant: f = f(p) must not move it, and g gets it back with its gradient
-        open_gates = encode_above(x_BD, weights.W_enc_FD, b_gate_F.detach(), self.b_in)
+        b_held_F = weights.b_enc_F.detach()
+        open_gates = encode_above(x_BD, weights.W_enc_FD, b_held_F, self.b_in, 0.0, weights.norm_F)
         at_N = open_gates.indices
-        p_N = open_gates.values - b_gate_F.detach().index_select(0, at_N)
+        p_N = open_gates.values - weights.times_norm(b_held_F).index_select(0, at_N)
         f_N = (self.r_mag.exp().index_select(0, at_N) * p_N + b_mag_F.index_select(0, at_N)).relu()
-        g_N = open_gates.values + (b_gate_F - b_gate_F.detach()).index_select(0, at_N)
+        g_N = p_N + b_gate_F.index_select(0, at_N)
         return open_gates.replaced(g_N), open_gates.replaced(f_N)
 
     def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
@@ -70,17 +71,15 @@ class GatedDictionary(SparseAutoencoder):
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """sum-MSE + coefficient * sum_i g_i + squared error of decoding g in place of f with a decoder held constant."""
         gate, codes = self.gate_and_values(batch.x, weights)
-        error_BD = self.write(codes, weights, batch.x) - batch.y
-        by_gate_BD = sparse_decode(gate, weights.W_dec_FD.detach()) + self.b_dec.detach()
-        if self.config.skip:
-            by_gate_BD = by_gate_BD + batch.x @ self.W_skip.detach()
-        gate_loss = (by_gate_BD - batch.y).square().sum(1).mean()
+        error_BD, squares_B = self.error(codes, weights, batch)
+        left_BD = batch.y - batch.x @ self.W_skip.detach() if self.config.skip else batch.y
+        held = weights.held()
+        gate_loss = decode_error(held.unscaled(gate), held.W_dec_FD, self.b_dec.detach(), left_BD)[1].mean()
         self.sparsity.observe(codes, batch)
         coefficient = self.sparsity.coefficient(batch)
-        loss = error_BD.square().sum(1).mean() + coefficient * gate.values.sum() / len(gate) + gate_loss
-        return Fit(
-            codes, error_BD, loss, {"coefficient": coefficient, "gate": gate_loss.detach() / (batch.y.shape[1] * self.variance)}
-        )
+        loss = squares_B.mean() + coefficient * gate.values.sum() / len(gate) + gate_loss
+        parts = {"coefficient": coefficient, "gate": gate_loss.detach() / (batch.y.shape[1] * self.variance)}
+        return Fit(codes, error_BD, squares_B, loss, parts)
 
     def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
         self.b_mag.copy_(self.b_enc)

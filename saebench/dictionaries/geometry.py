@@ -53,14 +53,6 @@ def geometric_median(x_BD: Tensor, max_iterations: int = 100, tolerance: float =
     return y_D
 
 
-def project_out(gradient_FD: Tensor, rows_FD: Tensor) -> None:
-    """Remove from each gradient row, in place, its component along the row it belongs to."""
-    for gradient, rows in zip(gradient_FD.split(ROWS_AT_ONCE), rows_FD.split(ROWS_AT_ONCE), strict=True):
-        squares = rows.square().sum(1, keepdim=True).clamp_min_(1e-24)
-        along = (gradient * rows).sum(1, keepdim=True).div_(squares)
-        gradient.addcmul_(along, rows, value=-1)
-
-
 def scale_to_unit(rows_FD: Tensor) -> None:
     """Give every row unit length, in place; a zero row stays zero."""
     for rows in rows_FD.split(ROWS_AT_ONCE):

@@ -103,22 +103,29 @@ class JumpReLUDictionary(LearnedThresholds, SparseAutoencoder):
         return threshold_F * (weights.norm_F if self.config.straight_through else weights.norm_F.detach())
 
     def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
-        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.threshold_for(weights))
+        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.threshold_for(weights), weights.norm_F)
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """sum-MSE + coefficient * penalty + pull * shortfall."""
         config, unit, threshold_F = self.config, self.variance.sqrt(), self.threshold_for(weights)
         codes, counts_F = encode_jumprelu(
-            batch.x, weights.W_enc_FD, weights.b_enc_F, self.b_in, threshold_F, config.bandwidth * unit, config.straight_through
+            batch.x,
+            weights.W_enc_FD,
+            weights.b_enc_F,
+            self.b_in,
+            threshold_F,
+            config.bandwidth * unit,
+            config.straight_through,
+            weights.norm_F,
         )
-        error_BD = self.write(codes, weights, batch.x) - batch.y
+        error_BD, squares_B = self.error(codes, weights, batch)
         l0 = counts_F.detach().sum() / len(codes)
         self.shift = last_shift(l0, batch, config.target_l0) if self.training else None
         coefficient = self.coefficient(l0, batch)
-        loss = error_BD.square().sum(1).mean() + coefficient * self.penalty(codes, counts_F, unit)
+        loss = squares_B.mean() + coefficient * self.penalty(codes, counts_F, unit)
         if config.pull:
             loss = loss + config.pull * unit * shortfall(batch.x, weights, self.b_in, codes, threshold_F)
-        return Fit(codes, error_BD, loss, {"coefficient": coefficient})
+        return Fit(codes, error_BD, squares_B, loss, {"coefficient": coefficient})
 
     def coefficient(self, l0: Tensor, batch: TrainingBatch) -> Tensor:
         """What the penalty is multiplied by: steered or fixed; for the quadratic penalty fixed, after a linear rise."""

@@ -200,8 +200,8 @@ class LayerGroupDictionary(Dictionary):
         losses = self.base.losses(self.share(batch))
         return replace(losses, squared_error_B=losses.squared_error_B * len(self.scale_L), target_BD=batch.y)
 
-    def project_gradients(self) -> None:
-        self.base.project_gradients()
+    def unit_rows(self) -> Sequence[Tensor]:
+        return self.base.unit_rows()
 
     def constrain(self, lr: float = 0.0) -> None:
         self.base.constrain(lr)

@@ -71,25 +71,25 @@ class MatryoshkaDictionary(BatchTopKDictionary):
 
     def select_batch(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
         if self.config.rule == "topk":
-            return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.config.k)
+            return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.config.k, weights.norm_F)
         return super().select_batch(x_BD, weights)
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """The mean of the squared errors of all prefixes, from none of the latents to all."""
         codes = self.select_batch(batch.x, weights)
         sizes = self.drawn_sizes(batch) if self.config.random_prefixes else self.config.group_sizes
-        error_BD = self.b_dec - batch.y
-        if self.config.skip:
-            error_BD = error_BD + batch.x @ self.W_skip
+        bypass_BD = self.bypass(weights, batch.x)
+        error_BD = self.b_dec - batch.y if bypass_BD is None else self.b_dec + bypass_BD - batch.y
         losses = [error_BD.square().sum(1).mean()]
-        for part_BD in decode_groups(codes, weights.W_dec_FD, sizes):
+        for part_BD in decode_groups(weights.unscaled(codes), weights.W_dec_FD, sizes):
             error_BD = error_BD + part_BD
-            losses.append(error_BD.square().sum(1).mean())
+            squares_B = error_BD.square().sum(1)
+            losses.append(squares_B.mean())
         parts = {} if self.config.rule == "topk" else self.follow(codes, batch)
         if not self.config.random_prefixes:
             scale = batch.y.shape[1] * self.variance
             parts |= {f"prefix_{end}": loss.detach() / scale for end, loss in zip(accumulate(sizes), losses[1:], strict=True)}
-        return Fit(codes, error_BD, torch.stack(losses).mean(), parts)
+        return Fit(codes, error_BD, squares_B, torch.stack(losses).mean(), parts)
 
     def drawn_sizes(self, batch: TrainingBatch) -> list[int]:
         """Group sizes of this step's prefixes: lengths l with P(l <= n) proportional to 1 - n ** -0.5, each once, and the whole."""
@@ -100,15 +100,16 @@ class MatryoshkaDictionary(BatchTopKDictionary):
         return [stop - start for start, stop in pairwise([0, *ends])]
 
 
-def decode_groups(codes: SparseCodes, W_dec_FD: Tensor, sizes: list[int]) -> list[Tensor]:
-    """What each group of neighbouring latents writes, [B, D] each, from its own entries; their sum is the decoded code."""
-    indices_N, values_N = codes.indices.reshape(-1), codes.values.reshape(-1)
-    starts_G = torch.tensor([0, *accumulate(sizes)], device=indices_N.device)
-    group_N = torch.bucketize(indices_N, starts_G, right=True) - 1
-    written = []
-    for group, rows_FD in enumerate(W_dec_FD.split(sizes)):  # one split: its gradient is one matrix, not one per group
-        at_N = (group_N == group).nonzero()[:, 0]
-        latents_N = indices_N[at_N] - starts_G[group]
-        entries = SparseCodes.ragged(codes.tokens[at_N], latents_N, values_N.index_select(0, at_N), len(codes), len(rows_FD))
-        written.append(sparse_decode(entries, rows_FD))
-    return written
+def decode_groups(codes: SparseCodes, W_dec_FD: Tensor, sizes: list[int]) -> Tensor:
+    """What each group of neighbouring latents writes, [G, B, D], from its own entries; the sum over groups is the decoded code.
+
+    Each token is decoded as G tokens, one for each group, so that there is one pass over the entries and one gradient of the decoder."""
+    indices_N, groups = codes.indices.reshape(-1), len(sizes)
+    ends_G = torch.tensor([*accumulate(sizes)], device=indices_N.device)
+    group_N = torch.bucketize(indices_N, ends_G, right=True)
+    parts = [(group_N == group).nonzero()[:, 0] for group in range(groups)]
+    at_N = torch.cat(parts)
+    rows_N = codes.tokens[at_N] + group_N[at_N] * len(codes)
+    values_N = codes.values.reshape(-1).index_select(0, at_N)
+    apart = SparseCodes.ragged(rows_N, indices_N[at_N], values_N, groups * len(codes), codes.d_sae)
+    return sparse_decode(apart, W_dec_FD).unflatten(0, (groups, len(codes)))

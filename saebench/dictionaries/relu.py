@@ -117,7 +117,7 @@ class ReLUDictionary(SparseAutoencoder):
         self.penalty = PNormPenalty(config)
 
     def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
-        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in)
+        return encode_above(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, 0.0, weights.norm_F)
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """sum-MSE + coefficient * sum_i f_i^p, p = 1 unless annealed."""

@@ -4,8 +4,9 @@ A member of the family is a rule that turns z into sparse f, and what that adds 
 and writing any sites (autoencoder, transcoder, crosscoder), initialisation, decoder norms, AuxK, resampling, folding.
 
 With `decoder = "unit"` rows of W_dec are kept at length 1. With `"free"` they are not, and the dictionary works on the equal one whose
-latents are f_i ||d_i||: rules and penalties see W_enc and b_enc times ||d_i||, and W_dec divided by it. ||d_i|| is the sum of the
-row's norms over the sites written (methods.md T1, T11). A finished dictionary has its norms folded in.
+latents are f_i ||d_i||: the kernels multiply what comes out of the encoder by ||d_i||, so that rules and penalties see f_i ||d_i||, and
+what goes into the decoder is divided by it. ||d_i|| is the sum of the row's norms over the sites written (methods.md T1, T11). A finished
+dictionary has its norms folded in.
 Shape suffixes: `B` tokens, `D` width of what is read or written, `F` d_sae.
 """
 
@@ -28,7 +29,7 @@ from saebench.dictionaries.group_penalty import column_blocks, shrink_blocks
 from saebench.dictionaries.orthogonality import orthogonality_penalty
 from saebench.dictionaries.scaling import Scaling
 from saebench.errors import UserError
-from saebench.kernels import sparse_decode
+from saebench.kernels import decode_error, sparse_decode
 
 
 class SAEConfig(FirstDirections):
@@ -78,12 +79,43 @@ class SAEConfig(FirstDirections):
 
 @dataclass(frozen=True)
 class Weights:
-    """Encoder and decoder as the rules see them; `norm_F` is what they were scaled by, None for 1."""
+    """Encoder and decoder, and what latents are multiplied by between them, `norm_F`, None for 1."""
 
     W_enc_FD: Tensor
     b_enc_F: Tensor
     W_dec_FD: Tensor
     norm_F: Tensor | None = None
+
+    def times_norm(self, values_F: Tensor) -> Tensor:
+        """One number a latent in the units that the rules see: [F]."""
+        return values_F if self.norm_F is None else values_F * self.norm_F
+
+    def over_norm(self, numbers: Tensor) -> Tensor:
+        """What multiplies latents in the units of the rules, [..., F], as something that multiplies rows of the decoder."""
+        return numbers if self.norm_F is None else numbers / self.norm_F
+
+    def unscaled(self, codes: SparseCodes) -> SparseCodes:
+        """Codes as the decoder takes them."""
+        if self.norm_F is None:
+            return codes
+        norms = self.norm_F.index_select(0, codes.indices.reshape(-1)).reshape(codes.values.shape)
+        return codes.replaced(codes.values / norms)
+
+    def held(self) -> Weights:
+        """The same without gradient."""
+        norm_F = None if self.norm_F is None else self.norm_F.detach()
+        return Weights(self.W_enc_FD.detach(), self.b_enc_F.detach(), self.W_dec_FD.detach(), norm_F)
+
+    def folded(self) -> Weights:
+        """The equal encoder and decoder with nothing between them: copies as large as the weights, for whoever looks at single rows."""
+        if self.norm_F is None:
+            return self
+        norm_F1 = self.norm_F[:, None]
+        return Weights(self.W_enc_FD * norm_F1, self.b_enc_F * self.norm_F, self.W_dec_FD / norm_F1)
+
+    def decode(self, codes: SparseCodes) -> Tensor:
+        """[B, D], without b_dec."""
+        return sparse_decode(self.unscaled(codes), self.W_dec_FD)
 
 
 @dataclass
@@ -92,6 +124,7 @@ class Fit:
 
     codes: SparseCodes
     error_BD: Tensor
+    squared_error_B: Tensor
     loss: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
@@ -130,16 +163,11 @@ class SparseAutoencoder(Dictionary):
         return self.b_dec if self.config.subtract_b_dec and self.config.rewrites else None
 
     def weights(self) -> Weights:
-        """Encoder and decoder for latents in units of what they write."""
+        """Encoder and decoder, and what makes latents be in units of what they write."""
         if self.config.decoder == "unit" or self.folded:
             return Weights(self.W_enc_FD, self.b_enc, self.W_dec)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.norms_cancel):
-            norm_F = block_norms(self.W_dec, self.config.blocks_out).clamp_min(1e-8)
-        if self.norms_cancel:
-            return Weights(
-                ScaledRows.apply(self.W_enc_FD, norm_F), self.b_enc * norm_F, ScaledRows.apply(self.W_dec, 1 / norm_F), norm_F
-            )
-        return Weights(self.W_enc_FD * norm_F[:, None], self.b_enc * norm_F, self.W_dec / norm_F[:, None], norm_F)
+        norm_F = block_norms(self.W_dec.detach() if self.norms_cancel else self.W_dec, self.config.blocks_out)
+        return Weights(self.W_enc_FD, self.b_enc, self.W_dec, norm_F.clamp_min(1e-8))
 
     # --- what a member of the family defines ---
 
@@ -150,8 +178,8 @@ class SparseAutoencoder(Dictionary):
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """The rule's training objective; here the squared error alone."""
         codes = self.select(batch.x, weights)
-        error_BD = self.write(codes, weights, batch.x) - batch.y
-        return Fit(codes, error_BD, error_BD.square().sum(1).mean())
+        error_BD, squares_B = self.error(codes, weights, batch)
+        return Fit(codes, error_BD, squares_B, squares_B.mean())
 
     def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
         """Initialise what the rule has besides matrices and biases, given a normalised sample and decoder rows of length 1. Here, where
@@ -177,15 +205,26 @@ class SparseAutoencoder(Dictionary):
         return self.select(x_BD, self.weights())
 
     def decode(self, codes: SparseCodes) -> Tensor:
-        return sparse_decode(codes, self.weights().W_dec_FD) + self.b_dec
+        return self.weights().decode(codes) + self.b_dec
 
     def reconstruct(self, x_BD: Tensor, codes: SparseCodes) -> Tensor:
         return self.write(codes, self.weights(), x_BD)
 
     def write(self, codes: SparseCodes, weights: Weights, x_BD: Tensor) -> Tensor:
         """What the codes, and the bypass if there is one, say of the target: [B, D]."""
-        y_hat_BD = sparse_decode(codes, weights.W_dec_FD) + self.b_dec
-        return y_hat_BD + x_BD @ self.W_skip if self.config.skip else y_hat_BD
+        y_hat_BD = weights.decode(codes) + self.b_dec
+        bypass_BD = self.bypass(weights, x_BD)
+        return y_hat_BD if bypass_BD is None else y_hat_BD + bypass_BD
+
+    def bypass(self, weights: Weights, x_BD: Tensor) -> Tensor | None:
+        """What is written past the codes, if anything: [B, D]."""
+        return x_BD @ self.W_skip if self.config.skip else None
+
+    def error(self, codes: SparseCodes, weights: Weights, batch: TrainingBatch) -> tuple[Tensor, Tensor]:
+        """What `write` misses of the target, y_hat - y [B, D], and its squared length [B]."""
+        bypass_BD = self.bypass(weights, batch.x)
+        left_BD = batch.y if bypass_BD is None else batch.y - bypass_BD
+        return decode_error(weights.unscaled(codes), weights.W_dec_FD, self.b_dec, left_BD)
 
     def initialise(self, x: Tensor, y: Tensor, generator: torch.Generator, lm: Any = None) -> None:
         """Decoder directions random, or in the active subspace; an autoencoder's encoder is tied to them, a transcoder has random
@@ -211,15 +250,12 @@ class SparseAutoencoder(Dictionary):
         """(squared error + the rule's penalties) / (width * variance) + aux_coefficient * AuxK."""
         weights = self.weights()
         fit = self.objective(batch, weights)
-        squared_error_B = fit.error_BD.detach().square().sum(1)
+        squared_error_B = fit.squared_error_B.detach()
         scale = batch.y.shape[1] * self.variance
         parts = {"reconstruction": squared_error_B.mean() / scale, **fit.parts}
         total = fit.loss / scale
         if self.config.aux_coefficient:
-            residual_BD = -fit.error_BD.detach()
-            aux = auxk_loss(
-                batch.x, residual_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, weights.W_dec_FD, batch.dead_F, self.k_aux
-            )
+            aux = auxk_loss(batch.x, fit.error_BD, weights, self.b_in, batch.dead_F, self.k_aux)
             total = total + self.config.aux_coefficient * aux
             parts["auxk"] = aux.detach()
         if self.config.orthogonality and batch.step % self.config.orthogonality_every == 0:
@@ -294,21 +330,6 @@ class SparseAutoencoder(Dictionary):
         self.variance /= out**2
         self.folded = True
         self.drop_training()
-
-
-class ScaledRows(torch.autograd.Function):
-    """Rows times constants, [F, D] by [F]; on the way back the gradient is scaled in place, because it is as large as the weights and
-    belongs to nobody else: the kernels make it anew."""
-
-    @staticmethod
-    def forward(ctx: Any, W_FD: Tensor, scale_F: Tensor) -> Tensor:
-        ctx.save_for_backward(scale_F)
-        return W_FD * scale_F[:, None]
-
-    @staticmethod
-    def backward(ctx: Any, gradient_FD: Tensor) -> tuple[Tensor, None]:
-        (scale_F,) = ctx.saved_tensors
-        return gradient_FD.mul_(scale_F[:, None]), None
 
 
 def block_norms(W_dec_FD: Tensor, widths: tuple[int, ...]) -> Tensor:

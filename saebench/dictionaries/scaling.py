@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -62,8 +63,15 @@ class Scaling:
         first = float(self.scale_D[0])
         return first if bool((self.scale_D == first).all()) else None
 
+    @cached_property
+    def _plain(self) -> tuple[bool, float | None]:
+        """Whether nothing is subtracted, and the one scale; looked up once, because a device would have to be waited for."""
+        return not bool(self.shift_D.any()), self.uniform
+
     def __call__(self, x: Tensor) -> Tensor:
-        return (x - self.shift_D) * self.scale_D
+        unshifted, scale = self._plain
+        shifted = x if unshifted else x - self.shift_D
+        return shifted * (self.scale_D if scale is None else scale)
 
     def to(self, device: torch.device | str) -> Scaling:
         return Scaling(self.shift_D.to(device), self.scale_D.to(device))

@@ -54,8 +54,11 @@ class StructuredDictionary(ReLUDictionary):
         """(x - c b_dec) P: [B, R]."""
         return (x_BD if self.b_in is None else x_BD - self.b_in) @ self.P
 
-    def write(self, codes: Any, weights: Weights, x_BD: Tensor) -> Tensor:
-        return super().write(codes, weights, x_BD) + self.low_rank_scores(x_BD) @ (self.Q @ weights.W_dec_FD)
+    def bypass(self, weights: Weights, x_BD: Tensor) -> Tensor:
+        """The low-rank latents' part, and the family's."""
+        written_BD = self.low_rank_scores(x_BD) @ (weights.over_norm(self.Q) @ weights.W_dec_FD)
+        skipped_BD = super().bypass(weights, x_BD)
+        return written_BD if skipped_BD is None else written_BD + skipped_BD
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """sum-MSE + coefficient * sum_i S_i^p + low_rank_coefficient * bound on ||R||_*."""
@@ -75,7 +78,8 @@ class StructuredDictionary(ReLUDictionary):
     @torch.no_grad()
     def fold(self, read: Scaling, write: Scaling) -> None:
         if self.b_in is None:
-            self.b_dec -= (read.shift_D * read.scale_D) @ self.P @ (self.Q @ self.weights().W_dec_FD)
+            weights = self.weights()
+            self.b_dec -= (read.shift_D * read.scale_D) @ self.P @ (weights.over_norm(self.Q) @ weights.W_dec_FD)
         self.P *= read.scale_D[:, None]
         super().fold(read, write)
         self.Q /= write.uniform or float(write.scale_D.log().mean().exp())

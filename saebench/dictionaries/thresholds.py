@@ -92,6 +92,8 @@ def upper_quantile(x_BD: Tensor, weights: Weights, b_in_D: Tensor | None, share:
     for start in range(0, len(weights.W_enc_FD), 512):
         rows = slice(start, start + 512)
         z_fB = torch.addmm(weights.b_enc_F[rows, None], weights.W_enc_FD[rows], centred_BD.T)
+        if weights.norm_F is not None:
+            z_fB *= weights.norm_F[rows, None]
         found.append(z_fB.topk(count + 1, dim=1).values[:, -2:].mean(1))
     return torch.cat(found)
 
@@ -99,8 +101,8 @@ def upper_quantile(x_BD: Tensor, weights: Weights, b_in_D: Tensor | None, share:
 def shortfall(x_BD: Tensor, weights: Weights, b_in_D: Tensor | None, codes: SparseCodes, threshold_F: Tensor) -> Tensor:
     """The mean over tokens of sum_i ReLU(threshold_i - z_i), by all entries less the active ones: no [B, F] matrix is made."""
     mean_D = x_BD.mean(0) if b_in_D is None else x_BD.mean(0) - b_in_D
-    everything = (threshold_F - weights.b_enc_F - weights.W_enc_FD @ mean_D).sum()
-    active = with_gradient(codes.detach(), x_BD, weights.W_enc_FD, weights.b_enc_F, b_in_D)
+    everything = (threshold_F - weights.times_norm(weights.b_enc_F + weights.W_enc_FD @ mean_D)).sum()
+    active = with_gradient(codes.detach(), x_BD, weights.W_enc_FD, weights.b_enc_F, b_in_D, weights.norm_F)
     at = active.indices.reshape(-1)
     beyond = ((threshold_F[at] - active.values.reshape(-1)) * (codes.values.detach().reshape(-1) != 0)).sum()
     return everything - beyond / len(codes)

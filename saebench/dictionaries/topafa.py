@@ -21,8 +21,8 @@ from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.sae import Fit, SAEConfig, SparseAutoencoder, Weights
 from saebench.kernels import current_implementation, with_gradient
-from saebench.kernels.encode_topk import select_topk
 from saebench.kernels.scores import score_blocks
+from saebench.kernels.stock import select_topk
 
 CANDIDATES = 64  # scores of a token that are sorted at first; tokens that need more get GROWTH times as many
 GROWTH = 4
@@ -70,17 +70,17 @@ class TopAFADictionary(SparseAutoencoder):
 
     def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
         length_B = (x_BD - self.b_dec).detach().norm(dim=1)
-        return encode_to_length(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, length_B)
+        return encode_to_length(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, length_B, weights.norm_F)
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """The squared error, and how far the length of the code is from that of the token."""
         codes = self.select(batch.x, weights)
-        error_BD = self.write(codes, weights, batch.x) - batch.y
+        error_BD, squares_B = self.error(codes, weights, batch)
         length_B = code_lengths(codes)
         gap = (length_B - batch.x.norm(dim=1)).square().mean()
         width = batch.x.shape[1]  # the book's coefficient belongs to the mean over coordinates, our loss is the sum
-        loss = error_BD.square().sum(1).mean() + width * self.config.afa_coefficient * gap
-        return Fit(codes, error_BD, loss, {"afa": gap.detach()})
+        loss = squares_B.mean() + width * self.config.afa_coefficient * gap
+        return Fit(codes, error_BD, squares_B, loss, {"afa": gap.detach()})
 
     @torch.no_grad()
     def resample(self, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -95,12 +95,20 @@ def code_lengths(codes: SparseCodes) -> Tensor:
     return torch.where(some, torch.where(some, squares_B, 1.0).sqrt(), 0.0)
 
 
-def encode_to_length(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Tensor | None, length_B: Tensor) -> SparseCodes:
-    """The largest positive z = (x - b_in) W_enc^T + b_enc of each token, as many as bring the code's length nearest to the one given;
-    of two counts the lower, of equal scores the lowest index, never all latents. Ragged codes, largest first; differentiable
+def encode_to_length(
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    b_in_D: Tensor | None,
+    length_B: Tensor,
+    scale_F: Tensor | None = None,
+) -> SparseCodes:
+    """The largest positive z = ((x - b_in) W_enc^T + b_enc) * scale of each token, as many as bring the code's length nearest to the
+    one given; of two counts the lower, of equal scores the lowest index, never all latents. Ragged codes, largest first; differentiable
     with the selection held constant."""
     if current_implementation() == "reference":
-        z_BF = ((x_BD if b_in_D is None else x_BD - b_in_D) @ W_enc_FD.T + b_enc_F).relu()
+        z_BF = (x_BD if b_in_D is None else x_BD - b_in_D) @ W_enc_FD.T + b_enc_F
+        z_BF = (z_BF if scale_F is None else z_BF * scale_F).relu()
         scores, order = torch.sort(z_BF.detach(), dim=1, descending=True, stable=True)
         lengths = scores.square().cumsum(1).sqrt()
         if lengths.shape[1] > 1:
@@ -109,12 +117,12 @@ def encode_to_length(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Te
         return SparseCodes.from_dense(z_BF * torch.zeros_like(z_BF).scatter(1, order, kept.to(z_BF.dtype)))
     with torch.no_grad():
         entries = []
-        for start, z_bF in score_blocks(x_BD if b_in_D is None else x_BD - b_in_D, W_enc_FD, b_enc_F):
+        for start, z_bF in score_blocks(x_BD if b_in_D is None else x_BD - b_in_D, W_enc_FD, b_enc_F, scale_F):
             row_N, latent_N, value_N = _to_length(z_bF, length_B[start : start + len(z_bF)])
             entries.append((row_N + start, latent_N, value_N))
         tokens_N, latents_N, values_N = (torch.cat(parts) for parts in zip(*entries, strict=True))
         codes = SparseCodes.ragged(tokens_N, latents_N, values_N, len(x_BD), len(W_enc_FD))
-    return with_gradient(codes, x_BD, W_enc_FD, b_enc_F, b_in_D)
+    return with_gradient(codes, x_BD, W_enc_FD, b_enc_F, b_in_D, scale_F)
 
 
 def nearest_count(lengths_BK: Tensor, length_B: Tensor) -> Tensor:

@@ -74,4 +74,4 @@ class TopKDictionary(KRuleDictionary):
     config: TopK
 
     def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
-        return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.config.k)
+        return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.config.k, weights.norm_F)

@@ -1,11 +1,11 @@
-"""The few operations that cost time. Each file holds one operation behind one function, with its implementations beside it:
+"""The few operations that cost time. Each file holds one operation: its mathematics, its gradient, and `reference`, the same in plain dense
+algebra under autograd, any dtype, the twin every test compares with.
 
-- `reference`: plain tensor algebra over dense matrices, any dtype, differentiated by autograd; the twin every test compares with.
-- `torch`: sparse from selection on, in stock torch operations; runs on any device and is the default.
-
-`use_implementation("reference")` switches all of them, for tests and for measuring.
+What takes the time in an operation is one of the primitives (primitives.py), which exist several times: stock.py, cpu/, triton/.
+implementations.py says which one runs; `use_implementation("reference")` switches all of them, for tests and for measuring.
 """
 
+from saebench.kernels.decode_error import decode_error
 from saebench.kernels.encode_above import encode_above
 from saebench.kernels.encode_batch_topk import encode_batch_topk
 from saebench.kernels.encode_jumprelu import encode_jumprelu
@@ -25,6 +25,7 @@ __all__ = [
     "matching_pursuit",
     "proximal_step",
     "sparse_decode",
+    "decode_error",
     "gathered_dot",
     "current_implementation",
     "use_implementation",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saebench.codes import SparseCodes
 from saebench.kernels.implementations import current_implementation
-from saebench.kernels.latent_sums import latent_sums
+from saebench.kernels.latent_gradient import latent_sums
 from saebench.kernels.sparse_decode import sparse_decode
 
 

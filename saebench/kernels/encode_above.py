@@ -9,25 +9,28 @@ import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
-from saebench.kernels.entries import with_gradient
-from saebench.kernels.implementations import current_implementation
-from saebench.kernels.scores import score_blocks
+from saebench.kernels.entries import centred, with_gradient
+from saebench.kernels.implementations import current_implementation, primitives_for
 
 
 def encode_above(
-    x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Tensor | None, threshold: Tensor | float = 0.0
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    b_in_D: Tensor | None,
+    threshold: Tensor | float = 0.0,
+    scale_F: Tensor | None = None,
 ) -> SparseCodes:
-    """z = (x - b_in) W_enc^T + b_enc where z > threshold (strictly; a number or one per latent [F], not negative). Ragged codes,
-    latents in ascending order in each row, differentiable in x, W_enc, b_enc and b_in, selection held constant."""
+    """z = ((x - b_in) W_enc^T + b_enc) * scale where z > threshold (strictly; a number or one per latent [F], not negative). Ragged codes,
+    latents in ascending order in each row, differentiable in x, W_enc, b_enc, b_in and scale, selection held constant."""
     if current_implementation() == "reference":
         z_BF = (x_BD if b_in_D is None else x_BD - b_in_D) @ W_enc_FD.T + b_enc_F
+        z_BF = z_BF if scale_F is None else z_BF * scale_F
         return SparseCodes.from_dense(z_BF * (z_BF > threshold))
     with torch.no_grad():
-        rows, latents, values = [], [], []
-        for start, z_bF in score_blocks(x_BD if b_in_D is None else x_BD - b_in_D, W_enc_FD, b_enc_F):
-            row_N, latent_N = (z_bF > threshold).nonzero(as_tuple=True)
-            rows.append(row_N + start)
-            latents.append(latent_N)
-            values.append(z_bF[row_N, latent_N])
-        codes = SparseCodes.ragged(torch.cat(rows), torch.cat(latents), torch.cat(values), len(x_BD), len(W_enc_FD))
-    return with_gradient(codes, x_BD, W_enc_FD, b_enc_F, b_in_D)
+        centred_BD = centred(x_BD, b_in_D)
+        threshold_F = torch.as_tensor(threshold, dtype=x_BD.dtype, device=x_BD.device).detach().expand(len(W_enc_FD))
+        primitives = primitives_for(centred_BD)
+        offsets_B, indices_N, values_N = primitives.above(centred_BD, W_enc_FD, b_enc_F, scale_F, threshold_F)
+        codes = SparseCodes(indices_N, values_N, len(W_enc_FD), offsets_B)
+    return with_gradient(codes, x_BD, W_enc_FD, b_enc_F, b_in_D, scale_F, centred_BD)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
-from saebench.kernels.entries import with_gradient
+from saebench.kernels.encode_above import encode_above
 from saebench.kernels.implementations import current_implementation
-from saebench.kernels.scores import score_blocks
 
 
 def encode_jumprelu(
@@ -30,24 +29,17 @@ def encode_jumprelu(
     threshold_F: Tensor,
     eps: Tensor | float,
     straight_through: bool = False,
+    scale_F: Tensor | None = None,
 ) -> tuple[SparseCodes, Tensor]:
-    """f = z 1[z > theta] for z = (x - b_in) W_enc^T + b_enc and theta > 0, and how many tokens each latent is active on [F].
+    """f = z 1[z > theta] for z = ((x - b_in) W_enc^T + b_enc) * scale and theta > 0, and how many tokens each latent is active on [F].
 
     Ragged codes, latents in ascending order in each row; entries of value 0 are padding that only carries gradient. Codes and counts are
     differentiable in all tensors, in thresholds by the window of width `eps`, in z by the active entries; with `straight_through` the
     window's gradient reaches z too, with the opposite sign."""
     if current_implementation() == "reference":
-        return _reference(x_BD, W_enc_FD, b_enc_F, b_in_D, threshold_F, eps, straight_through)
-    with torch.no_grad():
-        lowest_F = (threshold_F - eps / 2).clamp_min(0)
-        rows, latents, values = [], [], []
-        for start, z_bF in score_blocks(x_BD if b_in_D is None else x_BD - b_in_D, W_enc_FD, b_enc_F):
-            row_N, latent_N = (z_bF > lowest_F).nonzero(as_tuple=True)
-            rows.append(row_N + start)
-            latents.append(latent_N)
-            values.append(z_bF[row_N, latent_N])
-        scores = SparseCodes.ragged(torch.cat(rows), torch.cat(latents), torch.cat(values), len(x_BD), len(W_enc_FD))
-    scores = with_gradient(scores, x_BD, W_enc_FD, b_enc_F, b_in_D)
+        return _reference(x_BD, W_enc_FD, b_enc_F, b_in_D, threshold_F, eps, straight_through, scale_F)
+    lowest_F = (threshold_F.detach() - eps / 2).clamp_min(0)
+    scores = encode_above(x_BD, W_enc_FD, b_enc_F, b_in_D, lowest_F, scale_F)
     values_N, counts_F = _Jump.apply(scores.values, threshold_F, scores.indices, eps, straight_through)
     return scores.replaced(values_N), counts_F
 
@@ -84,10 +76,12 @@ def _reference(
     threshold_F: Tensor,
     eps: Tensor | float,
     straight_through: bool,
+    scale_F: Tensor | None,
 ) -> tuple[SparseCodes, Tensor]:
     """The same with all scores at once; every entry is listed. The step's window is written as a clamped ramp of slope 1/eps, of which
     only the derivative is kept."""
     z_BF = (x_BD if b_in_D is None else x_BD - b_in_D) @ W_enc_FD.T + b_enc_F
+    z_BF = z_BF if scale_F is None else z_BF * scale_F
     passing = z_BF if straight_through else z_BF.detach()
     u_BF = (passing - threshold_F) / eps
     u_BF = torch.where((u_BF.abs() < 0.5) & (z_BF > 0), u_BF, u_BF.detach())

@@ -1,7 +1,7 @@
 """Give selected pre-activations their gradient: z at the entries of a code as a function of input, encoder and biases (methods.md K5).
 
 Selection happens without gradients, by whatever rule; what every rule shares is this: the values at the selected (token, latent) entries
-are x W_enc^T + b_enc there, and their gradient touches only those rows.
+are (x W_enc^T + b_enc) * scale there, and their gradient touches only those rows.
 Shape suffixes: `B` tokens, `D` d_in, `F` d_sae, `N` entries.
 """
 
@@ -13,42 +13,70 @@ import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
-from saebench.kernels.latent_sums import latent_sums
+from saebench.kernels.implementations import primitives_for
+from saebench.kernels.latent_gradient import collected_in, hand_over
 
 
-def with_gradient(codes: SparseCodes, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Tensor | None) -> SparseCodes:
-    """The same codes, whose values are pre-activations z = (x - b_in) W_enc^T + b_enc, now differentiable in all four, with the
-    selection held constant. An entry whose value is exactly 0 is padding and passes no gradient."""
+def centred(x_BD: Tensor, b_in_D: Tensor | None) -> Tensor:
+    """x - b_in, without gradient."""
+    return x_BD.detach() if b_in_D is None else x_BD.detach() - b_in_D.detach()
+
+
+def with_gradient(
+    codes: SparseCodes,
+    x_BD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    b_in_D: Tensor | None,
+    scale_F: Tensor | None = None,
+    centred_BD: Tensor | None = None,
+) -> SparseCodes:
+    """The same codes, whose values are pre-activations z = ((x - b_in) W_enc^T + b_enc) * scale, now differentiable in all five, with the
+    selection held constant. An entry whose value is exactly 0 is padding and passes no gradient. `centred_BD` is x - b_in, where it is
+    at hand."""
     if not torch.is_grad_enabled():
         return codes
     _ = codes.order  # made here, so that the decoder's backward pass shares its sort
-    values = _Entries.apply(x_BD, W_enc_FD, b_enc_F, b_in_D, codes)
+    values = _Entries.apply(x_BD, W_enc_FD, b_enc_F, b_in_D, scale_F, codes, centred_BD)
     return codes.replaced(values)
 
 
 class _Entries(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_in_D: Tensor | None, codes: SparseCodes) -> Tensor:
-        ctx.codes = codes
-        ctx.save_for_backward(x_BD, W_enc_FD, b_in_D)
+    def forward(
+        ctx: Any,
+        x_BD: Tensor,
+        W_enc_FD: Tensor,
+        b_enc_F: Tensor,
+        b_in_D: Tensor | None,
+        scale_F: Tensor | None,
+        codes: SparseCodes,
+        centred_BD: Tensor | None,
+    ) -> Tensor:
+        ctx.codes, ctx.terms = codes, collected_in(W_enc_FD)
+        ctx.save_for_backward(W_enc_FD, scale_F, centred(x_BD, b_in_D) if centred_BD is None else centred_BD)
         return codes.values.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
-        x_BD, W_enc_FD, b_in_D = ctx.saved_tensors
+        W_enc_FD, scale_F, centred_BD = ctx.saved_tensors
         codes: SparseCodes = ctx.codes
-        need_x, need_W, need_b, need_b_in = ctx.needs_input_grad[:4]
+        need_x, need_W, need_b, need_b_in, need_scale = ctx.needs_input_grad[:5]
+        at_N = codes.indices.reshape(-1)
         grad_z = grad_values * (codes.values != 0)
+        grad_scale = None
+        if scale_F is not None:
+            scale = scale_F.index_select(0, at_N).reshape(grad_z.shape)
+            if need_scale:
+                grad_scale = torch.zeros_like(scale_F).index_add_(0, at_N, (grad_z * codes.values / scale).reshape(-1))
+            grad_z = grad_z * scale
         gradient = codes.replaced(grad_z)
         grad_x = grad_W = grad_b = grad_b_in = None
         if need_x:
-            from saebench.kernels.sparse_decode import sparse_decode
-
-            with torch.no_grad():
-                grad_x = sparse_decode(gradient, W_enc_FD)
+            grad_x = primitives_for(W_enc_FD).decode(gradient, W_enc_FD)
         if need_W:
-            grad_W = latent_sums(gradient, x_BD if b_in_D is None else x_BD - b_in_D)
+            grad_W = hand_over(ctx.terms, gradient, centred_BD)
         if need_b or need_b_in:
-            grad_b = grad_z.new_zeros(codes.d_sae).index_add_(0, codes.indices.reshape(-1), grad_z.reshape(-1))
+            grad_b = grad_z.new_zeros(codes.d_sae).index_add_(0, at_N, grad_z.reshape(-1))
             grad_b_in = -(grad_b @ W_enc_FD) if need_b_in else None
-        return grad_x, grad_W, grad_b, grad_b_in, None
+        return grad_x, grad_W, grad_b, grad_b_in, grad_scale, None, None

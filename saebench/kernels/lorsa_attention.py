@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from saebench.codes import SparseCodes
-from saebench.kernels.encode_topk import select_topk
 from saebench.kernels.implementations import current_implementation
+from saebench.kernels.stock import select_topk
 
 BLOCK_BYTES = 64 << 20
 

@@ -81,13 +81,13 @@ class Primitives(Protocol):
         ...
 
     def gradient_square(self, W_FD: Tensor, gradient: Gradient, unit: bool) -> Tensor:
-        """The sum of squares of a gradient, 0-dim; with `unit`, of what is left of it when each row's component along W's row is removed."""
+        """The sum of squares of a gradient, 0-dim; with `unit`, of what is left when each row's component along W's row is removed."""
         ...
 
     def update(
         self, W_FD: Tensor, m_FD: Tensor, v_FD: Tensor, gradient: Gradient, unit: bool, rule: AdamRule, factor: Tensor
-    ) -> None:
+    ) -> Tensor | None:
         """One pass over the latents, in place: sum the gradient of a row, with `unit` remove its component along the row, multiply by
         `factor` (0-dim, on the device), take Adam's step, with `unit` scale the row to length 1 (methods.md K12). Rows without
-        entries take their step too. The gradient is never stored."""
+        entries take their step too. The gradient is never stored. May return what `gradient_square` would have."""
         ...

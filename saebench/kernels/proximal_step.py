@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
-from saebench.kernels.encode_topk import select_topk
 from saebench.kernels.implementations import current_implementation
-from saebench.kernels.latent_sums import latent_sums
+from saebench.kernels.latent_gradient import latent_sums
 from saebench.kernels.scores import score_blocks
 from saebench.kernels.sparse_decode import gathered_dot, sparse_decode
+from saebench.kernels.stock import select_topk
 
 
 def proximal_step(

@@ -18,7 +18,7 @@ from torch import Tensor
 from saebench.activations import Batches, ContextBatches, Source
 from saebench.config import first_difference
 from saebench.dictionaries import Dictionary, DictionaryConfig
-from saebench.errors import Interrupted, UserError
+from saebench.errors import Interrupted, NotFinite, UserError
 from saebench.progress import progress, say
 from saebench.trainer.checkpoint import read_checkpoint, write_checkpoint
 from saebench.trainer.config import TrainConfig
@@ -211,7 +211,10 @@ class _Run:
             for step in range(first, training.steps):
                 drawn = {kind: {site: x.to(self.device) for site, x in next(each).items()} for kind, each in batches.items()}
                 for name, member in members.items():
-                    member.step(drawn[self.dictionaries[name].sequential], step)
+                    try:
+                        member.step(drawn[self.dictionaries[name].sequential], step)
+                    except NotFinite:
+                        raise _diverged(name, member, step + 1) from None
                 note = ""
                 done = step + 1
                 if done % training.log_every == 0 or done == training.steps:
@@ -229,10 +232,7 @@ class _Run:
         for name, member in members.items():
             metrics = member.read_metrics()
             if not all(map(_finite, metrics.values())):
-                raise UserError(
-                    f"training of {name!r} diverged before step {done}: lower its learning rate "
-                    f"(training.lr or dictionaries.N.lr, now {member.lr:g})"
-                )
+                raise _diverged(name, member, done)
             lr = member.rate_at(done - 1)
             if log:
                 log.write({"step": done, "tokens": done * self.training.batch_size, "dictionary": name, "lr": lr, **metrics})
@@ -267,6 +267,13 @@ class _Run:
                 dictionary.save(path)
             trained.append(dictionary)
         return trained
+
+
+def _diverged(name: str, member: Member, step: int) -> UserError:
+    return UserError(
+        f"training of {name!r} diverged before step {step}: lower its learning rate "
+        f"(training.lr or dictionaries.N.lr, now {member.lr:g})"
+    )
 
 
 def _finite(value: float) -> bool:

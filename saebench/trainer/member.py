@@ -16,6 +16,7 @@ from torch import Tensor
 from saebench.activations.statistics import SiteStatistics
 from saebench.dictionaries import Dictionary, DictionaryConfig, Losses, Scaling, TrainingBatch
 from saebench.trainer.config import TrainConfig
+from saebench.trainer.optimiser import Adam
 
 
 class Member:
@@ -30,9 +31,7 @@ class Member:
         self.seed = training.seed if config.seed is None else config.seed
         self.mean_D = write(mean_D.float())
         betas = training.betas or config.betas
-        self.optimiser = torch.optim.Adam(
-            dictionary.parameters(), lr=self.lr, betas=betas, eps=training.eps, fused=device.type in ("cpu", "cuda")
-        )
+        self.optimiser = Adam(dictionary, betas, training.eps, training.clip)
         self.silent_F = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # tokens since it last fired
         self._resampled_at: int | None = None
         self._sums: dict[str, Tensor] = {}
@@ -107,14 +106,10 @@ class Member:
         y_normal = x_normal if y is x else self.write(y)
         batch = TrainingBatch(x_normal, y_normal, self.dead_F, step, self.training.steps, self.seed)
         losses = self.dictionary.losses(batch)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.forget_gradients()
         losses.total.backward()
-        self.dictionary.project_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(self.dictionary.parameters(), self.training.clip)
         rate = self.rate_at(step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        self.optimiser.step()
+        norm = self.optimiser.step(rate)
         self.dictionary.constrain(rate)
         self._count(losses, norm)
         if self.training.resamples_after(step):
@@ -124,11 +119,8 @@ class Member:
     def _resample(self, batch: TrainingBatch) -> None:
         """Dead latents start anew; the optimiser forgets their rows."""
         batch = TrainingBatch(batch.x, batch.y, self.dead_F, batch.step, batch.steps, batch.seed)
-        parameters = dict(self.dictionary.named_parameters())
         for name, rows in self.dictionary.resample(batch).items():
-            state = self.optimiser.state[parameters[name]]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state[moment][rows] = 0.0
+            self.optimiser.forget_rows(name, rows)
             self.silent_F[rows] = 0
             self._resampled_at = batch.step + 1
 
@@ -142,7 +134,7 @@ class Member:
             "l0": firings_F.sum() / tokens,
             "gradient_norm": norm,
             "squared_error": losses.squared_error_B.sum(),
-            "squares": (losses.target_BD - self.mean_D).square().sum(),
+            "squares": torch.linalg.vector_norm(losses.target_BD - self.mean_D, dim=1).square().sum(),
         }
         for name, value in news.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
@@ -158,8 +150,7 @@ class Member:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on."""
         tensors = {f"dictionary.{name}": t for name, t in self.dictionary.state_dict().items()}
-        for index, entry in self.optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{index}.{name}": torch.as_tensor(value) for name, value in entry.items()}
+        tensors |= {f"optimiser.{name}": t for name, t in self.optimiser.state().items()}
         for name, scaling in (("read", self.read), ("write", self.write)):
             tensors |= {f"{name}.shift": scaling.shift_D, f"{name}.scale": scaling.scale_D}
         tensors |= {"silent": self.silent_F, "mean": self.mean_D}
@@ -172,11 +163,7 @@ class Member:
         """Continue from `state()`."""
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}  # noqa: E731
         self.dictionary.load_state_dict(part("dictionary."))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in part("optimiser.").items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
+        self.optimiser.load_state(part("optimiser."))
         self.silent_F.copy_(tensors["silent"])
         self.mean_D.copy_(tensors["mean"])
         self.read = Scaling(tensors["read.shift"].clone(), tensors["read.scale"].clone())

@@ -122,7 +122,7 @@ def test_objective_is_the_whitened_error_and_l0_and_its_gradients_equal_the_dens
         losses.squared_error_B, (dictionary(x[:100]) - x[:100]).square().sum(1).detach(), rtol=1e-5, atol=1e-6
     )
     gradients = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             gradients.append(torch.autograd.grad(dictionary.losses(batch).total, list(dictionary.parameters())))
     for a, b in zip(*gradients, strict=True):

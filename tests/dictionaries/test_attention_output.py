@@ -29,7 +29,7 @@ def dictionary_of(lm, contexts, layer=LAYER, **options):
 
 def pre_activations(sae, x):
     """z of all latents by plain algebra."""
-    weights = sae.weights()
+    weights = sae.weights().folded()
     return (x if sae.b_in is None else x - sae.b_in) @ weights.W_enc_FD.T + weights.b_enc_F
 
 
@@ -84,13 +84,15 @@ def test_heads_and_sources_sum_to_the_pre_activation(lm, contexts, options):
     expected_CSF = pre_activations(sae, z_CSD)
     for latent in (0, 17, 47):
         by_head = head_attribution(sae, z_CSD.flatten(0, 1), latent, HEADS).unflatten(0, ids.shape)
-        bias = sae.weights().b_enc_F[latent]
+        bias = sae.weights().folded().b_enc_F[latent]
         torch.testing.assert_close(by_head.sum(2) + bias, expected_CSF[..., latent], atol=1e-4, rtol=1e-4)
         found = source_attribution(sae, lm, ids, latent)
         assert found.by_head_CHTS.shape == (3, HEADS, 16, 16)
         torch.testing.assert_close(found.pre_activation_CT, expected_CSF[..., latent], atol=1e-4, rtol=1e-4)
         assert found.by_head_CHTS.triu(1).abs().max() == 0  # nothing from positions that come later
-        shared_out = 0 if sae.b_in is None else (sae.b_in * sae.weights().W_enc_FD[latent]).unflatten(0, (HEADS, -1)).sum(1)
+        shared_out = (
+            0 if sae.b_in is None else (sae.b_in * sae.weights().folded().W_enc_FD[latent]).unflatten(0, (HEADS, -1)).sum(1)
+        )
         torch.testing.assert_close(found.by_head_CHTS.sum(3).transpose(1, 2) - shared_out, by_head, atol=1e-4, rtol=1e-4)
 
 

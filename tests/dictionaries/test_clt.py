@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import to_unit_rows
 
 import saebench as sb
 from saebench.activations import TensorSource
@@ -37,7 +38,7 @@ def random_clt(rule="per layer", layers=3, width=4, out=5, per_layer=8, seed=0, 
         if rule.startswith("jump"):
             clt.slow_log_threshold.mul_(0.1).sub_(0.1)
             clt.sparsity.start(0.2)
-    clt.constrain()
+    to_unit_rows(clt)
     return clt
 
 
@@ -112,7 +113,7 @@ def test_without_cross_layer_decoders_it_is_as_many_transcoders(rule):
     with torch.no_grad():
         for W in clt.W_dec:
             W[:, 1:] = 0
-    clt.constrain()
+    to_unit_rows(clt)
     batch = batch_for(clt)
     _, ours = gradients(clt, batch)
     for layer in range(3):
@@ -141,7 +142,7 @@ def test_scatter_by_source_is_gather_by_target(rule):
     x = batch_for(clt).x
     codes = clt.encode(x)
     dense = codes.to_dense()
-    weights = clt.weights()
+    weights = [layer.folded() for layer in clt.weights()]
     gathered = []
     for target in range(3):
         total = clt.b_dec[5 * target : 5 * target + 5]

@@ -198,7 +198,7 @@ def test_gradients_equal_those_of_dense_autograd(decoder):
     built = crosscoder(decoder=decoder).double()
     x = random_normal(20, 12, dtype=torch.float64) + 1
     gradients = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             batch = TrainingBatch(x, x, torch.arange(30) >= 20)
             gradients.append(torch.autograd.grad(built.losses(batch).total, list(built.parameters())))

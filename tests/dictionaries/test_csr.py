@@ -51,7 +51,7 @@ def test_contrast_equals_dense_autograd(d_sae, monkeypatch):
     codes = random_codes(d_sae=d_sae)
     codes.indices[:12] = codes.indices[0]  # so that codes overlap
     results = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             values = codes.values.clone().requires_grad_()
             loss = self_contrast(codes.replaced(values), 0.2)
@@ -99,7 +99,7 @@ def test_the_loss_is_the_sum_of_its_terms(decoder):
 def test_gradients_equal_dense_autograd(decoder):
     dictionary, x = built(d_sae=60, decoder=decoder).double(), normal(30, 8, dtype=torch.float64) + 3
     results = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             total = dictionary.losses(batch_of(x, torch.arange(60) >= 50)).total
             results.append((total, *torch.autograd.grad(total, [dictionary.W_dec, dictionary.b_enc, dictionary.b_dec])))

@@ -93,7 +93,7 @@ def test_pull_is_the_dense_sum_over_silent_latents():
         sae.b_dec.normal_(generator=torch.Generator().manual_seed(2))
     results = []
     for dense in (False, True):
-        weights = sae.weights()
+        weights = sae.weights().folded()
         threshold = sae.threshold_for(weights)
         if dense:
             z = (x - sae.b_dec) @ weights.W_enc_FD.T + weights.b_enc_F
@@ -111,7 +111,7 @@ def test_pull_is_the_dense_sum_over_silent_latents():
 def test_gradients_of_the_whole_loss_equal_the_dense_ones(form):
     sae, x, y = random_sae(dtype=torch.float64, **FORMS[form])
     results = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         sae.sparsity.load_state_dict({name: t.clone() for name, t in sae.sparsity.state_dict().items()})
         with use_implementation(implementation):
             sae.eval()  # the controller takes note in training only

@@ -220,7 +220,7 @@ def test_gradients_equal_those_of_dense_algebra():
     x = torch.randn(30, 36, dtype=torch.float64)
     batch = TrainingBatch(x, x, torch.arange(48) > 30, step=2, steps=9)
     found = []
-    for name in ("torch", "reference"):
+    for name in ("stock", "reference"):
         with use_implementation(name):
             shared.zero_grad()
             shared.losses(batch).total.backward()

@@ -62,7 +62,7 @@ def random_dictionary(d_sae=40, d_in=8, seed=0, **options):
         (6, [0.56, 0, 2.4, 0, 1.8, 0], 6.9364),  # no score is positive any more
     ],
 )
-@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("implementation", ["stock", "reference"])
 def test_worked_example(steps, f, error, implementation):
     with use_implementation(implementation), torch.no_grad():
         dictionary = fixture(steps)
@@ -120,7 +120,7 @@ def test_steps_and_gradients_equal_autograd_of_the_loop(tolerance, shape, gram, 
     atoms = unit_rows(count, width, dtype=torch.float64).requires_grad_()
     weights = normal(tokens, 12, seed=5, dtype=torch.float64)
     results = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             pursuit = matching_pursuit(x, atoms, 12, tolerance)
         loss = (pursuit.coefficients_BT * weights).sum() + pursuit.residual_BD.pow(3).sum()
@@ -200,7 +200,7 @@ def test_gradients_of_the_whole_loss_equal_autograd_of_the_loop():
     x = normal(30, 5, dtype=torch.float64) + 3
     dead = torch.arange(24) >= 18
     results = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             losses = dictionary.losses(TrainingBatch(x, x, dead))
             results.append((losses.total, *torch.autograd.grad(losses.total, [dictionary.W_dec, dictionary.b_dec])))

@@ -165,13 +165,6 @@ def test_the_preset_is_batchtopk_with_the_published_weight(tmp_path):
     assert sb.load(tmp_path / "dictionaries" / "preset").config.architecture == "ortsae"
 
 
-def test_the_gradient_that_reaches_a_unit_decoder_is_tangent():
-    sae, losses = losses_of(lambda d_in: sb.OrtSAE(d_sae=32, k=4, d_in=d_in, decoder="unit"))
-    losses.total.backward()
-    sae.project_gradients()
-    torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1).detach(), torch.zeros(32), atol=1e-6, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"orthogonality": -1}, "orthogonality=-1"), ({"orthogonality_chunk": 1}, "orthogonality_chunk=1")],

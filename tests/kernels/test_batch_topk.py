@@ -28,7 +28,7 @@ def small_blocks(monkeypatch, d_sae, tokens=4, bytes_each=8):
 def both(select, tensors):
     """Dense codes, reconstruction and all gradients by each implementation."""
     results = []
-    for name in ("torch", "reference"):
+    for name in ("stock", "reference"):
         with use_implementation(name):
             codes = select(*tensors[:4])
             x_hat = sparse_decode(codes, tensors[4])
@@ -137,19 +137,32 @@ def test_the_guess_never_changes_the_result(guess):
 
 def test_a_good_guess_keeps_candidates_few_and_a_bad_one_takes_a_second_pass(monkeypatch):
     from saebench.kernels import encode_batch_topk as module_function
+    from saebench.kernels import stock
 
-    module = sys.modules[module_function.__module__]
-    seen = []
-    real = module._candidates
-    monkeypatch.setattr(module, "_candidates", lambda *a: (seen.append(out := real(*a)), out)[1])
+    module, found = sys.modules[module_function.__module__], []
+
+    class Watched:
+        topk = staticmethod(stock.topk)
+
+        @staticmethod
+        def above(*arguments):
+            found.append(len((result := stock.above(*arguments))[2]))
+            return result
+
+    monkeypatch.setattr(module, "primitives_for", lambda _: Watched)
     tensors = [t.detach() for t in problem(300, 8, 60, torch.float32)[:4]]
     exact = encode_batch_topk(*tensors, 900)
+    assert len(found) == 1  # a sample of tokens gives a good guess
+    assert found[0] < 300 * 60 / 2
     border = float(exact.values.min())
-    encode_batch_topk(*tensors, 900, 0.95 * border)
-    assert len(seen) == 2
-    assert 900 <= len(seen[1][1]) < 1100
-    encode_batch_topk(*tensors, 900, 1.05 * border)
-    assert len(seen) == 4  # too high: a second pass from zero
+    found.clear()
+    assert torch.equal(encode_batch_topk(*tensors, 900, 0.95 * border).to_dense(), exact.to_dense())
+    assert len(found) == 1
+    assert 900 <= found[0] < 1100
+    found.clear()
+    assert torch.equal(encode_batch_topk(*tensors, 900, 1.05 * border).to_dense(), exact.to_dense())
+    assert len(found) == 2  # too high: a second pass from zero
+    assert found[0] < 900 < found[1]
 
 
 def test_largest_keeps_the_first_of_equal_values():
@@ -198,19 +211,20 @@ RULES = {
 }
 
 
+@pytest.mark.parametrize("implementation", ["stock", "cpu"])
 @pytest.mark.parametrize("rule", RULES)
-def test_no_operation_makes_a_matrix_of_tokens_by_latents(rule, monkeypatch):
+def test_no_operation_makes_a_matrix_of_tokens_by_latents(rule, implementation, monkeypatch):
     tokens, d_in, d_sae = 512, 8, 4096
     small_blocks(monkeypatch, d_sae, 16, 4)
     tensors = problem(tokens, d_in, d_sae, torch.float32)
     with torch.no_grad():
         tensors[1].div_(tensors[1].norm(dim=1, keepdim=True))
         tensors[2].zero_()
-    with Largest() as seen:
+    with Largest() as seen, use_implementation(implementation):
         codes = RULES[rule](*tensors[:4])
         (sparse_decode(codes, tensors[4]) - tensors[0]).square().sum().backward()
     assert codes.values.numel() > tokens  # there is something to decode
-    assert 16 * d_sae <= seen.elements <= tokens * d_sae / 16
+    assert 4 * tokens < seen.elements <= tokens * d_sae / 16
 
 
 MEMORY = """

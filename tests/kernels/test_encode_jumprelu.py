@@ -51,7 +51,7 @@ def test_without_an_input_bias_and_in_single_precision():
     assert torch.equal(fast[0].firings().float(), fast[1])
 
 
-@pytest.mark.parametrize("implementation", ["torch", "reference"])
+@pytest.mark.parametrize("implementation", ["stock", "reference"])
 def test_worked_example(implementation):
     threshold = torch.full((6,), 1.9, requires_grad=True)
     W_enc, b_enc = D.clone(), torch.zeros(6, requires_grad=True)
@@ -112,7 +112,7 @@ def test_equality_with_the_threshold_is_not_active():
 def test_nothing_below_zero_is_inside_a_window():
     threshold = torch.tensor([0.1], requires_grad=True)
     x = torch.tensor([[-0.05], [0.05], [0.2]])
-    for implementation in ("torch", "reference"):
+    for implementation in ("stock", "reference"):
         with use_implementation(implementation):
             _, counts = encode_jumprelu(x, torch.ones(1, 1), torch.zeros(1), None, threshold, 1.0)
             (gradient,) = torch.autograd.grad(counts.sum(), threshold)

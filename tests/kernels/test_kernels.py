@@ -5,7 +5,7 @@ import torch
 
 from saebench.codes import SparseCodes
 from saebench.kernels import encode_topk, sparse_decode, use_implementation
-from saebench.kernels.encode_topk import select_topk
+from saebench.kernels.stock import select_topk
 
 SHAPES = [(5, 7, 11, 3), (1, 4, 6, 1), (123, 5, 123, 17), (33, 16, 40, 40), (64, 3, 9, 12)]
 
@@ -26,12 +26,12 @@ def test_values_and_gradients_equal_the_reference(shape):
     *dims, k = shape
     tensors = problem(*dims)
     results = {}
-    for name in ("torch", "reference"):
+    for name in ("stock", "reference"):
         with use_implementation(name):
             codes, x_hat = autoencode(*tensors, k)
             grads = torch.autograd.grad((x_hat - tensors[0]).pow(2).sum() + codes.values.sum(), tensors)
         results[name] = (codes.to_dense(), x_hat, *grads)
-    for fast, slow in zip(results["torch"], results["reference"], strict=True):
+    for fast, slow in zip(results["stock"], results["reference"], strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
 
 

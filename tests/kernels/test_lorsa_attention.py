@@ -56,7 +56,7 @@ def by_hand(x_CSD, heads, rule):
 def test_head_outputs_equal_the_definition(options):
     heads, x, rule = random_heads(), random_input(), AttentionRule(0.3, torch.zeros(0), **options)
     expected = by_hand(x, heads, rule)
-    for name in ("torch", "reference"):
+    for name in ("stock", "reference"):
         with use_implementation(name):
             torch.testing.assert_close(head_outputs(x, heads, rule), expected, rtol=1e-10, atol=1e-10)
 
@@ -69,7 +69,7 @@ def test_codes_and_gradients_equal_the_dense_twin(size, signed, monkeypatch):
     rule = AttentionRule(0.4, torch.tensor([1.0, 0.1], dtype=torch.float64))
     skip = 0 if size == 1 else 1
     results = []
-    for name in ("torch", "reference"):
+    for name in ("stock", "reference"):
         leaves = [t.clone().requires_grad_() for t in (x, *heads.tensors())]
         with use_implementation(name):
             codes = select_heads(leaves[0], Heads(*leaves[1:]), rule, 3, signed=signed, skip=skip)
@@ -101,7 +101,7 @@ def test_heads_that_are_never_chosen_get_no_gradient():
         assert (leaf.grad[:2] == 0).all()
     assert (leaves[0].grad[2] != 0).any()
     chosen = codes.indices[codes.values > 0].unique()
-    others = torch.ones(12, dtype=torch.bool).index_fill(0, chosen, False)
+    others = torch.ones(12, dtype=torch.bool).index_fill(0, chosen.long(), False)
     for leaf in leaves[4:]:
         assert (leaf.grad[others] == 0).all() and (leaf.grad[chosen] != 0).any()
 

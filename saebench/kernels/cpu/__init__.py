@@ -1,0 +1,259 @@
+"""The primitives compiled for this machine's processor, float32 (primitives.py has the contract; encode.cpp and rows.cpp the work).
+
+The same bits for any number of threads. Where so many entries are active that dense arithmetic is faster, torch's takes over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from saebench.codes import SparseCodes
+from saebench.errors import NotFinite
+from saebench.kernels import stock
+from saebench.kernels.cpu.build import load
+from saebench.kernels.latent_order import latent_order
+from saebench.kernels.primitives import AdamRule, Gradient, Term
+
+MANY = 8  # with more than one latent in so many kept, sorting all scores of a token is faster than keeping the best
+WASTEFUL = 1 / 24  # share of all scores that the screen let through, above which more bits are worth their time
+RETRY = 200  # calls after which fewer bits are tried again
+
+_bits: dict[
+    tuple[int, int, bool], list[int]
+] = {}  # for sizes and kind of selection: bits of the screen, calls since they were chosen
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises BuildError."""
+    found = load()
+    found.saebench_topk.restype = ctypes.c_int64
+    found.saebench_above.restype = ctypes.c_void_p
+    for name in ("saebench_latents", "saebench_gradient_bound"):
+        getattr(found, name).restype = ctypes.c_double
+    return found
+
+
+def screen_bits() -> int:
+    """The fewest bits that this processor screens scores with."""
+    return library().saebench_screen_bits()
+
+
+def topk(
+    x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int, latents_M: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    num = len(W_FD) if latents_M is None else len(latents_M)
+    k = min(k, num)
+    if k * MANY > num:
+        return stock.topk(x_BD, W_FD, b_F, scale_F, k, latents_M)
+    x_BD, W_FD, b_F, scale_F = _ready(x_BD, W_FD, b_F, scale_F)
+    latents_M = None if latents_M is None else latents_M.to(torch.int32).contiguous()
+    values_BK = torch.empty(len(x_BD), k)
+    indices_BK = torch.empty(len(x_BD), k, dtype=torch.int32)
+    kind = (num, W_FD.shape[1], True)
+    computed = library().saebench_topk(
+        *map(_at, (x_BD, W_FD, b_F, scale_F, latents_M)),
+        *map(ctypes.c_int64, (len(x_BD), W_FD.shape[1], num, k)),
+        _screen(kind),
+        torch.get_num_threads(),
+        _at(values_BK),
+        _at(indices_BK),
+    )
+    if computed < 0:
+        raise _not_finite(x_BD)
+    _learn(kind, computed - 2 * k * len(x_BD), len(x_BD) * num)
+    return indices_BK, values_BK
+
+
+def above(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, threshold_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x_BD, W_FD, b_F, scale_F = _ready(x_BD, W_FD, b_F, scale_F)
+    threshold_F = threshold_F.contiguous()
+    tokens, (num, width) = len(x_BD), W_FD.shape
+    offsets_B = torch.empty(tokens + 1, dtype=torch.int64)
+    kind = (num, width, False)
+    computed = ctypes.c_int64(0)
+    selection = library().saebench_above(
+        *map(_at, (x_BD, W_FD, b_F, scale_F, threshold_F)),
+        *map(ctypes.c_int64, (tokens, width, num)),
+        _screen(kind),
+        torch.get_num_threads(),
+        _at(offsets_B),
+        ctypes.byref(computed),
+    )
+    if selection is None:
+        raise _not_finite(x_BD)
+    count = int(offsets_B[-1])
+    _learn(kind, computed.value - count, tokens * num)
+    indices_N, values_N = torch.empty(count, dtype=torch.int32), torch.empty(count)
+    library().saebench_take(
+        ctypes.c_void_p(selection),
+        ctypes.c_int64(tokens),
+        _at(offsets_B),
+        torch.get_num_threads(),
+        _at(indices_N),
+        _at(values_N),
+    )
+    return offsets_B, indices_N, values_N
+
+
+def decode(codes: SparseCodes, W_FD: Tensor) -> Tensor:
+    if codes.crowded:
+        return stock.decode(codes, W_FD)
+    W_FD = W_FD.contiguous()
+    out_BD = torch.empty(len(codes), W_FD.shape[1])
+    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
+    library().saebench_decode(*_entries(codes), _at(W_FD), *sizes, torch.get_num_threads(), _at(out_BD))
+    return out_BD
+
+
+def decode_error(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """bias + decode(codes) - y [B, D], its squared length [B], and its dots with the rows of the entries, in the shape of the values."""
+    W_FD, bias_D, y_BD = W_FD.contiguous(), bias_D.contiguous(), y_BD.contiguous()
+    error_BD, squares_B, found = torch.empty_like(y_BD), torch.empty(len(codes)), torch.empty_like(codes.values)
+    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
+    library().saebench_decode_error(
+        *_entries(codes),
+        *map(_at, (W_FD, bias_D, y_BD)),
+        *sizes,
+        torch.get_num_threads(),
+        *map(_at, (error_BD, squares_B, found)),
+    )
+    return error_BD, squares_B, found
+
+
+def dots(codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
+    if codes.crowded:
+        return stock.dots(codes, rows_BD, W_FD)
+    rows_BD, W_FD = rows_BD.contiguous(), W_FD.contiguous()
+    out = torch.empty(codes.values.shape)
+    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
+    library().saebench_dots(*_entries(codes), _at(rows_BD), _at(W_FD), *sizes, torch.get_num_threads(), _at(out))
+    return out
+
+
+def by_latent(indices_N: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    indices_N = indices_N.contiguous()
+    order_N, starts_F = torch.empty_like(indices_N), torch.empty(d_sae + 1, dtype=torch.int32)
+    sizes = map(ctypes.c_int64, (len(indices_N), d_sae))
+    library().saebench_by_latent(_at(indices_N), *sizes, _at(starts_F), _at(order_N))
+    return order_N, starts_F
+
+
+def sums(codes: SparseCodes, rows_BD: Tensor) -> Tensor:
+    if codes.crowded:
+        return stock.sums(codes, rows_BD)
+    terms, _kept = _terms([Term(codes, rows_BD)])
+    out_FD = torch.empty(codes.d_sae, rows_BD.shape[1])
+    sizes = map(ctypes.c_int64, out_FD.shape)
+    library().saebench_sums(terms, *sizes, torch.get_num_threads(), _at(out_FD))
+    return out_FD
+
+
+def gradient_bound(W_FD: Tensor, gradient: Gradient) -> float:
+    """An upper bound of `gradient_square` that looks, for terms, at the lengths of rows alone."""
+    dense = 0.0 if gradient.dense_FD is None else float(torch.linalg.vector_norm(gradient.dense_FD))
+    if not gradient.terms and gradient.own_F is None:
+        return dense**2
+    terms, _kept = _terms(gradient.terms)
+    lengths = [torch.linalg.vector_norm(term.rows_BD, dim=1) for term in gradient.terms]
+    pointers = (ctypes.c_void_p * max(1, len(lengths)))(*[each.data_ptr() for each in lengths])
+    bound = library().saebench_gradient_bound(
+        terms,
+        len(lengths),
+        pointers,
+        _at(gradient.own_F),
+        _at(W_FD),
+        *map(ctypes.c_int64, W_FD.shape),
+        torch.get_num_threads(),
+    )
+    return (dense + (1.001 * bound) ** 0.5) ** 2
+
+
+def gradient_square(W_FD: Tensor, gradient: Gradient, unit: bool) -> Tensor:
+    return _latents(W_FD, None, None, gradient, unit, AdamRule(0.0, (0.0, 0.0), 0.0, 1), 1.0)
+
+
+def update(W_FD: Tensor, m_FD: Tensor, v_FD: Tensor, gradient: Gradient, unit: bool, rule: AdamRule, factor: Tensor) -> Tensor:
+    """Also returns what `gradient_square` would have."""
+    return _latents(W_FD, m_FD, v_FD, gradient, unit, rule, float(factor))
+
+
+def _latents(
+    W_FD: Tensor, m_FD: Tensor | None, v_FD: Tensor | None, gradient: Gradient, unit: bool, rule: AdamRule, factor: float
+) -> Tensor:
+    assert W_FD.is_contiguous()
+    terms, _kept = _terms(gradient.terms)
+    dense_FD = None if gradient.dense_FD is None else gradient.dense_FD.contiguous()
+    corrections = (1 - beta**rule.step for beta in rule.betas)
+    squares = library().saebench_latents(
+        *map(_at, (W_FD, m_FD, v_FD)),
+        terms,
+        len(gradient.terms),
+        _at(dense_FD),
+        _at(gradient.own_F),
+        *map(ctypes.c_int64, W_FD.shape),
+        int(unit),
+        *map(ctypes.c_float, (factor, rule.lr, *rule.betas, rule.eps)),
+        *map(ctypes.c_double, corrections),
+        torch.get_num_threads(),
+    )
+    return torch.tensor(squares, dtype=torch.float64)
+
+
+class _Term(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("order", "starts", "tokens", "values", "rows")]
+
+
+def _terms(terms: Sequence[Term]) -> tuple[ctypes.Array, list[Tensor]]:
+    """For the library; the tensors must live as long as it reads them."""
+    made, kept = (_Term * max(1, len(terms)))(), []
+    for number, term in enumerate(terms):
+        order = latent_order(term.codes)
+        assert order.by_latent is not None
+        positions_N, starts_F = order.by_latent
+        tensors = [positions_N, starts_F, order.tokens_by_latent_N, term.codes.values.contiguous(), term.rows_BD.contiguous()]
+        made[number] = _Term(*(each.data_ptr() for each in tensors))
+        kept += tensors
+    return made, kept
+
+
+def _entries(codes: SparseCodes) -> tuple[ctypes.c_void_p | ctypes.c_int64, ...]:
+    """indices, values, offsets, k"""
+    fixed = codes.offsets is None
+    k = codes.indices.shape[1] if fixed else 0
+    codes.indices, codes.values = codes.indices.contiguous(), codes.values.contiguous()
+    return *map(_at, (codes.indices, codes.values, codes.offsets)), ctypes.c_int64(k)
+
+
+def _at(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _ready(*tensors: Tensor | None) -> list:
+    return [None if each is None else each.detach().contiguous() for each in tensors]
+
+
+def _screen(kind: tuple[int, int, bool]) -> int:
+    state = _bits.setdefault(kind, [screen_bits(), 0])
+    state[1] += 1
+    if state[1] > RETRY:
+        state[:] = [screen_bits(), 0]
+    return state[0]
+
+
+def _learn(kind: tuple[int, int, bool], passed: int, scores: int) -> None:
+    """More bits next time where the screen lets too much through: speed alone depends on it."""
+    state = _bits[kind]
+    if passed > WASTEFUL * scores and state[0] < 32:
+        state[:] = [2 * state[0], 0]
+
+
+def _not_finite(x_BD: Tensor) -> NotFinite:
+    if torch.isfinite(x_BD).all():
+        return NotFinite("NaN or Inf in the encoder: its weights have diverged, train with a lower learning rate")
+    return NotFinite("NaN or Inf in the activations that are to be encoded: check the model and the store")

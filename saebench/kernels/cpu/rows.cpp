@@ -1,0 +1,202 @@
+// Weighted sums of rows and dot products with rows, over the entries of sparse codes (methods.md K1 to K3, K12).
+//
+// Entries of token t are offsets[t] .. offsets[t + 1], or t k .. (t + 1) k where offsets is null. By latent: entry positions in `order`,
+// those of latent f at starts[f] .. starts[f + 1], in token order, so sums come out the same with any number of threads.
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace {
+
+struct Entries {
+    const int32_t* indices;
+    const float* values;
+    const int64_t* offsets;
+    int64_t k;
+    int64_t begin(int64_t token) const { return offsets ? offsets[token] : token * k; }
+    int64_t end(int64_t token) const { return offsets ? offsets[token + 1] : (token + 1) * k; }
+};
+
+// Weighted rows onto y, four at a time; those with weight 0 are left out.
+struct Gather {
+    float* y;
+    int64_t width;
+    float weights[4]{};
+    const float* rows[4]{};
+    int count = 0;
+    Gather(float* y, int64_t width) : y(y), width(width) {}
+    void add(float weight, const float* row) {
+        if (weight == 0.f) return;
+        weights[count] = weight;
+        rows[count++] = row;
+        if (count == 4) {
+            add_scaled4(y, weights, rows, width);
+            count = 0;
+        }
+    }
+    void finish() {
+        for (int i = 0; i < count; i++) add_scaled(y, weights[i], rows[i], width);
+        count = 0;
+    }
+};
+
+}  // namespace
+
+extern "C" {
+
+void saebench_decode(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* w, int64_t tokens,
+                     int64_t width, int threads, float* out) {
+    const Entries entries{indices, values, offsets, k};
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++) {
+        float* y = out + t * width;
+        std::memset(y, 0, width * sizeof(float));
+        Gather gather(y, width);
+        for (int64_t e = entries.begin(t); e < entries.end(t); e++) gather.add(values[e], w + indices[e] * width);
+        gather.finish();
+    }
+}
+
+// The error of decoding, y_hat + bias - y, its squares by token, and its products with the rows that made it, while these are at hand.
+void saebench_decode_error(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* w,
+                           const float* bias, const float* y, int64_t tokens, int64_t width, int threads, float* error, float* squares,
+                           float* dots) {
+    const Entries entries{indices, values, offsets, k};
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++) {
+        float* e_row = error + t * width;
+        const float* y_row = y + t * width;
+        for (int64_t p = 0; p < width; p++) e_row[p] = bias[p] - y_row[p];
+        Gather gather(e_row, width);
+        for (int64_t e = entries.begin(t); e < entries.end(t); e++) gather.add(values[e], w + indices[e] * width);
+        gather.finish();
+        squares[t] = dot(e_row, e_row, width);
+        if (dots)
+            for (int64_t e = entries.begin(t); e < entries.end(t); e++)
+                dots[e] = values[e] == 0.f ? 0.f : dot(e_row, w + indices[e] * width, width);
+    }
+}
+
+void saebench_dots(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* rows, const float* w,
+                   int64_t tokens, int64_t width, int threads, float* out) {
+    const Entries entries{indices, values, offsets, k};
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t e = entries.begin(t); e < entries.end(t); e++)
+            out[e] = values[e] == 0.f ? 0.f : dot(rows + t * width, w + indices[e] * width, width);
+}
+
+// Stable counting sort of entries by latent: starts [F + 1], order [N].
+void saebench_by_latent(const int32_t* indices, int64_t count, int64_t d_sae, int32_t* starts, int32_t* order) {
+    std::fill(starts, starts + d_sae + 1, 0);
+    for (int64_t e = 0; e < count; e++) starts[indices[e] + 1]++;
+    for (int64_t f = 0; f < d_sae; f++) starts[f + 1] += starts[f];
+    std::vector<int32_t> next(starts, starts + d_sae);
+    for (int64_t e = 0; e < count; e++) order[next[indices[e]]++] = (int32_t)e;
+}
+
+// One part of a gradient that is not summed yet (primitives.py: Term).
+struct Term {
+    const int32_t *order, *starts, *tokens;  // by latent: entry, where a latent begins, token
+    const float *values, *rows;              // by entry; by token
+};
+
+}  // extern "C"
+
+namespace {
+
+struct Gradient {
+    const Term* terms;
+    int32_t num_terms;
+    const float *dense, *own;
+    int64_t width;
+
+    bool sum(int64_t f, const float* w_row, float* __restrict g) const {  // false: all zero
+        bool any = false;
+        if (dense)
+            std::memcpy(g, dense + f * width, width * sizeof(float)), any = true;
+        else
+            std::memset(g, 0, width * sizeof(float));
+        if (own && own[f] != 0.f) add_scaled(g, own[f], w_row, width), any = true;
+        for (int32_t i = 0; i < num_terms; i++) {
+            const Term& term = terms[i];
+            Gather gather(g, width);
+            for (int32_t at = term.starts[f]; at < term.starts[f + 1]; at++)
+                gather.add(term.values[term.order[at]], term.rows + (int64_t)term.tokens[at] * width);
+            gather.finish();
+            any = any || term.starts[f] < term.starts[f + 1];
+        }
+        return any;
+    }
+};
+
+static inline void remove_along(float* __restrict g, const float* __restrict w_row, int64_t width) {
+    const float square = std::max(dot(w_row, w_row, width), 1e-24f);
+    add_scaled(g, -dot(g, w_row, width) / square, w_row, width);
+}
+
+}  // namespace
+
+extern "C" {
+
+void saebench_sums(const Term* term, int64_t d_sae, int64_t width, int threads, float* out) {
+    const Gradient gradient{term, 1, nullptr, nullptr, width};
+#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
+    for (int64_t f = 0; f < d_sae; f++) gradient.sum(f, nullptr, out + f * width);
+}
+
+// An upper bound of the gradient's norm from the lengths of rows alone; lengths[i] are those of term i's rows, w_norms those of w.
+double saebench_gradient_bound(const Term* terms, int32_t num_terms, const float* const* lengths, const float* own, const float* w,
+                               int64_t d_sae, int64_t width, int threads) {
+    double total = 0;
+#pragma omp parallel for schedule(dynamic, 256) num_threads(threads) reduction(+ : total)
+    for (int64_t f = 0; f < d_sae; f++) {
+        double most = own && own[f] != 0.f ? std::fabs(own[f]) * std::sqrt((double)dot(w + f * width, w + f * width, width)) : 0;
+        for (int32_t i = 0; i < num_terms; i++)
+            for (int32_t at = terms[i].starts[f]; at < terms[i].starts[f + 1]; at++)
+                most += std::fabs((double)terms[i].values[terms[i].order[at]]) * lengths[i][terms[i].tokens[at]];
+        total += most * most;
+    }
+    return total;
+}
+
+// One pass over the latents. With `m`: Adam's step, in place. Returns the sum of squares of the gradient (before `factor`): by latent
+// first, then in order of the latents, so that threads do not change it.
+double saebench_latents(float* w, float* m, float* v, const Term* terms, int32_t num_terms, const float* dense, const float* own,
+                        int64_t d_sae, int64_t width, int unit, float factor, float lr, float beta1, float beta2, float eps,
+                        double correction1, double correction2, int threads) {
+    const Gradient gradient{terms, num_terms, dense, own, width};
+    const float step = (float)(lr / correction1), per_root = (float)(1 / std::sqrt(correction2));
+    std::vector<float> squares(d_sae);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> memory(width);
+        float* __restrict g = memory.data();
+#pragma omp for schedule(dynamic, 32)
+        for (int64_t f = 0; f < d_sae; f++) {
+            float* __restrict w_row = w + f * width;
+            const bool any = gradient.sum(f, w_row, g);
+            if (any) {
+                if (unit) remove_along(g, w_row, width);
+                squares[f] = dot(g, g, width);
+            }
+            if (!m) continue;
+            float *__restrict m_row = m + f * width, *__restrict v_row = v + f * width;
+            const float one_less1 = (1 - beta1) * factor, one_less2 = (1 - beta2) * factor * factor;
+            for (int64_t p = 0; p < width; p++) {
+                m_row[p] = beta1 * m_row[p] + one_less1 * g[p];
+                v_row[p] = beta2 * v_row[p] + one_less2 * (g[p] * g[p]);
+                w_row[p] -= step * m_row[p] / (std::sqrt(v_row[p]) * per_root + eps);
+            }
+            if (unit) {
+                const float length = std::max(std::sqrt(dot(w_row, w_row, width)), 1e-12f);
+                for (int64_t p = 0; p < width; p++) w_row[p] /= length;
+            }
+        }
+    }
+    double total = 0;
+    for (int64_t f = 0; f < d_sae; f++) total += squares[f];
+    return total;
+}
+}

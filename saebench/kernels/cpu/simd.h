@@ -1,0 +1,102 @@
+// Vectors of the width that this processor has, and the few operations on them that the kernels need.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+constexpr int LANES = 16, TILE_TOKENS = 12;  // 24 of 32 registers hold sums
+#elif defined(__AVX2__) && defined(__FMA__)
+constexpr int LANES = 8, TILE_TOKENS = 6;  // 12 of 16
+#else
+constexpr int LANES = 4, TILE_TOKENS = 6;
+#endif
+
+typedef float Floats __attribute__((vector_size(LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+
+static inline Floats load(const float* p) {
+    Floats v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline Ints load(const int32_t* p) {
+    Ints v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+static inline Floats all(float x) { return x - Floats{}; }
+static inline Ints all(int32_t x) { return x - Ints{}; }
+static inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
+
+static inline float sum(Floats v) {
+    float part[LANES];
+    store(part, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) part[i] += part[i + width];
+    return part[0];
+}
+
+// Bit i is set where v[i] >= limit[i]; never for NaN.
+static inline uint32_t at_least(Floats v, Floats limit) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    return _mm512_cmp_ps_mask((__m512)v, (__m512)limit, _CMP_GE_OQ);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, (__m256)limit, _CMP_GE_OQ));
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; i++) bits |= (uint32_t)(v[i] >= limit[i]) << i;
+    return bits;
+#endif
+}
+
+// Dot products of one vector with several, each rounded in the same way whatever their number: all values that leave an encoder are
+// made here.
+template <int COUNT>
+static inline void dots(const float* __restrict x, const float* const* rows, int64_t n, float* out) {
+    Floats s[COUNT][4]{};
+    int64_t p = 0;
+    for (; p + 4 * LANES <= n; p += 4 * LANES)
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) {
+            const Floats v = load(x + p + part * LANES);
+#pragma GCC unroll 4
+            for (int i = 0; i < COUNT; i++) s[i][part] += v * load(rows[i] + p + part * LANES);
+        }
+    for (; p + LANES <= n; p += LANES) {
+        const Floats v = load(x + p);
+#pragma GCC unroll 4
+        for (int i = 0; i < COUNT; i++) s[i][0] += v * load(rows[i] + p);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; i++) {
+        float rest = 0;
+        for (int64_t q = p; q < n; q++) rest += x[q] * rows[i][q];
+        out[i] = sum((s[i][0] + s[i][1]) + (s[i][2] + s[i][3])) + rest;
+    }
+}
+
+static inline float dot(const float* a, const float* b, int64_t n) {
+    float out;
+    dots<1>(a, &b, n, &out);
+    return out;
+}
+
+// y += c x
+static inline void add_scaled(float* __restrict y, float c, const float* __restrict x, int64_t n) {
+    for (int64_t p = 0; p < n; p++) y[p] += c * x[p];
+}
+
+// y += sum of four c x, with one pass over y
+static inline void add_scaled4(float* __restrict y, const float* c, const float* const* x, int64_t n) {
+    const float *__restrict x0 = x[0], *__restrict x1 = x[1], *__restrict x2 = x[2], *__restrict x3 = x[3];
+    const float c0 = c[0], c1 = c[1], c2 = c[2], c3 = c[3];
+    for (int64_t p = 0; p < n; p++) y[p] += (c0 * x0[p] + c1 * x1[p]) + (c2 * x2[p] + c3 * x3[p]);
+}

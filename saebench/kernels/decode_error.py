@@ -1,0 +1,80 @@
+"""Decode and compare: the error of a reconstruction and its squares, in one pass over the rows that make it (methods.md K1, K2).
+
+The gradient of squared errors needs the products of each token's error with the rows it was decoded from: where an implementation can, they
+are made in the forward pass, while those rows are in the cache, and the backward pass gathers nothing.
+Shape suffixes: `B` tokens, `K` entries of a token, `D` width of what is written, `F` d_sae.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saebench.codes import SparseCodes
+from saebench.kernels.implementations import current_implementation, primitives_for
+from saebench.kernels.latent_gradient import collected_in, hand_over
+from saebench.kernels.sparse_decode import sparse_decode
+
+
+def decode_error(codes: SparseCodes, W_dec_FD: Tensor, b_dec_D: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor]:
+    """error = decode(codes) + b_dec - y [B, D], and its squared length [B]. Both are differentiable in values, decoder, b_dec and y."""
+    if current_implementation() == "reference":
+        error_BD = sparse_decode(codes, W_dec_FD) + b_dec_D - y_BD
+        return error_BD, error_BD.square().sum(1)
+    return _DecodeError.apply(codes.values, W_dec_FD, b_dec_D, y_BD, codes)
+
+
+class _DecodeError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor, y_BD: Tensor, codes: SparseCodes
+    ) -> tuple[Tensor, Tensor]:
+        codes = codes.replaced(values.detach())
+        primitives = primitives_for(W_dec_FD)
+        fused = getattr(primitives, "decode_error", None)
+        dots = None
+        if fused is not None and not codes.crowded:
+            error_BD, squares_B, dots = fused(codes, W_dec_FD, b_dec_D, y_BD)
+        else:
+            error_BD = primitives.decode(codes, W_dec_FD).add_(b_dec_D).sub_(y_BD)
+            squares_B = error_BD.square().sum(1)
+        ctx.codes, ctx.terms = codes, collected_in(W_dec_FD)
+        ctx.save_for_backward(W_dec_FD, error_BD, dots)
+        ctx.set_materialize_grads(False)
+        return error_BD, squares_B
+
+    @staticmethod
+    def backward(ctx: Any, grad_error_BD: Tensor | None, grad_squares_B: Tensor | None) -> tuple[Tensor | None, ...]:
+        W_dec_FD, error_BD, dots = ctx.saved_tensors
+        codes: SparseCodes = ctx.codes
+        need_values, need_W, need_b, need_y = ctx.needs_input_grad[:4]
+        if grad_error_BD is None and grad_squares_B is None:
+            return None, None, None, None, None
+        grad_values = grad_W = grad_b = grad_y = None
+        if grad_error_BD is None and grad_squares_B is not None and dots is not None:
+            twice_B = 2 * grad_squares_B
+            twice = twice_B[:, None] if codes.offsets is None else twice_B.index_select(0, codes.tokens)
+            if need_values:
+                grad_values = dots * twice
+            if need_W:
+                grad_W = hand_over(ctx.terms, codes.replaced(codes.values * twice), error_BD)
+            if need_b:
+                grad_b = twice_B @ error_BD
+            if need_y:
+                grad_y = -twice_B[:, None] * error_BD
+            return grad_values, grad_W, grad_b, grad_y, None
+        grad_BD = torch.zeros_like(error_BD) if grad_error_BD is None else grad_error_BD
+        if grad_squares_B is not None:
+            grad_BD = torch.addcmul(grad_BD, grad_squares_B[:, None], error_BD, value=2)
+        grad_BD = grad_BD.contiguous()
+        if need_values:
+            grad_values = primitives_for(W_dec_FD).dots(codes, grad_BD, W_dec_FD)
+        if need_W:
+            grad_W = hand_over(ctx.terms, codes, grad_BD)
+        if need_b:
+            grad_b = grad_BD.sum(0)
+        if need_y:
+            grad_y = -grad_BD
+        return grad_values, grad_W, grad_b, grad_y, None

@@ -1,0 +1,118 @@
+"""Adam whose gradients need not exist: matrices of latent rows take their step row by row, where the gradient of a row is summed.
+
+The step of torch.optim.Adam, with the gradient clipped to a global norm before it and rows that are kept at length 1 held there. Kernels
+hand over the gradients of matrices as terms (kernels/latent_gradient.py), everything else comes from autograd. Where the terms show at a
+glance that the gradient is not too long, nothing is clipped and its length is found on the way; else it is measured first, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saebench.dictionaries import Dictionary
+from saebench.kernels.implementations import primitives_for
+from saebench.kernels.latent_gradient import collect
+from saebench.kernels.primitives import AdamRule, Gradient, Term
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Matrix:
+    """One parameter as rows [F, D], its moments, and where its gradient comes from."""
+
+    def __init__(self, parameter: nn.Parameter, unit: bool):
+        self.parameter, self.unit = parameter, unit
+        self.rows = parameter.data.flatten(1) if parameter.ndim > 1 else parameter.data.view(1, -1)
+        self.moments = [torch.zeros_like(parameter, memory_format=torch.contiguous_format) for _ in MOMENTS]
+        self.terms: list[Term] = collect(parameter) if parameter.ndim == 2 else []
+        self.step = 0
+
+    @property
+    def gradient(self) -> Gradient | None:
+        """What the backward pass left; None where it did not come by."""
+        grad = self.parameter.grad
+        if grad is None and not self.terms:
+            return None
+        return Gradient(tuple(self.terms), None if grad is None else grad.reshape(self.rows.shape))
+
+    def forget(self) -> None:
+        self.parameter.grad = None
+        self.terms.clear()
+
+
+class Adam:
+    """The optimiser of one dictionary."""
+
+    def __init__(self, dictionary: Dictionary, betas: tuple[float, float], eps: float, clip: float):
+        """`clip` is the largest norm of the gradient of all parameters together; longer ones are scaled down to it."""
+        self.betas, self.eps, self.clip = betas, eps, clip
+        unit = {id(W) for W in dictionary.unit_rows()}
+        self._matrices = {name: _Matrix(p, id(p) in unit) for name, p in dictionary.named_parameters() if p.requires_grad}
+
+    def forget_gradients(self) -> None:
+        """To be called before a backward pass."""
+        for matrix in self._matrices.values():
+            matrix.forget()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """Take a step with the gradients that the backward pass left, and forget them; returns their norm before clipping, 0-dim."""
+        found = [(matrix, gradient) for matrix in self._matrices.values() if (gradient := matrix.gradient) is not None]
+        if not found:
+            return torch.zeros(())
+        device = found[0][0].rows.device
+        if measure := not self._surely_short(found):
+            squares = [self._square(matrix, gradient) for matrix, gradient in found]
+            factor = (self.clip / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0).float()
+        else:
+            squares, factor = [], torch.ones((), device=device)
+        for matrix, gradient in found:
+            matrix.step += 1
+            rule = AdamRule(lr, self.betas, self.eps, matrix.step)
+            rows = [moment.view(matrix.rows.shape) for moment in matrix.moments]
+            primitives = primitives_for(matrix.rows)
+            square = primitives.update(matrix.rows, rows[0], rows[1], gradient, matrix.unit, rule, factor)
+            if not measure:
+                assert square is not None
+                squares.append(square)
+            matrix.forget()
+        return torch.stack(squares).sum().sqrt()
+
+    def _surely_short(self, found: list[tuple[_Matrix, Gradient]]) -> bool:
+        """Whether a bound shows that the gradient is not longer than `clip`, and every update tells its length."""
+        total = 0.0
+        for matrix, gradient in found:
+            bound = getattr(primitives_for(matrix.rows), "gradient_bound", None)
+            if bound is None:
+                return False
+            total += bound(matrix.rows, gradient)
+        return total <= self.clip**2
+
+    @staticmethod
+    def _square(matrix: _Matrix, gradient: Gradient) -> Tensor:
+        return primitives_for(matrix.rows).gradient_square(matrix.rows, gradient, matrix.unit)
+
+    @torch.no_grad()
+    def forget_rows(self, name: str, rows: Tensor) -> None:
+        """Set the moments of some rows of a parameter to zero."""
+        for moment in self._matrices[name].moments:
+            moment[rows] = 0.0
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, by parameter's number and name."""
+        tensors: dict[str, Tensor] = {}
+        for number, matrix in enumerate(self._matrices.values()):
+            tensors |= {f"{number}.{name}": moment for name, moment in zip(MOMENTS, matrix.moments, strict=True)}
+            tensors[f"{number}.step"] = torch.tensor(float(matrix.step))
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Any]) -> None:
+        """Continue from `state()`."""
+        for number, matrix in enumerate(self._matrices.values()):
+            for name, moment in zip(MOMENTS, matrix.moments, strict=True):
+                moment.copy_(tensors[f"{number}.{name}"])
+            matrix.step = int(tensors[f"{number}.step"])
