@@ -69,7 +69,7 @@ class Primitives(Protocol):
         ...
 
     def dots(self, codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
-        """rows[b] . W[index] at every entry, in the shape of the values; anything finite where the value is 0."""
+        """rows[b] . W[index] at every entry, also where the value is 0, in the shape of the values."""
         ...
 
     def by_latent(self, indices_N: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:

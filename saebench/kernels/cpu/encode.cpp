@@ -199,6 +199,12 @@ struct Limits {
     }
 };
 
+// How many of a sample's best are likely to be enough to reach the k best of all, when the sample is this share of all.
+static inline int64_t safe_rank(int64_t k, double share) {
+    const double expected = k * share;
+    return std::min<int64_t>(k, (int64_t)(expected + 4 * std::sqrt(expected) + 4));
+}
+
 // The k best of each token among the blocks of one thread, and some that were among them once.
 struct Best {
     int64_t k, room;
@@ -218,6 +224,17 @@ struct Best {
             std::nth_element(found, found + k - 1, found + room, before);
             sizes[token] = (int32_t)k;
             Limits::raise(limits.limit[token], found[k - 1].value);
+        }
+    }
+    // Limits by what a thread has found in its part of all blocks so far.
+    void look_back(double share) {
+        const int64_t rank = safe_rank(k, share);
+        for (size_t token = 0; token < sizes.size(); token++) {
+            if (sizes[token] < rank) continue;
+            Entry* found = entries.data() + token * room;
+            std::nth_element(found, found + rank - 1, found + sizes[token], before);
+            if (rank < k) Limits::raise(limits.guess[token], found[rank - 1].value);
+            Limits::raise(limits.limit[token], found[rank - 1].value);
         }
     }
 };
@@ -408,8 +425,7 @@ template <class Screen>
 void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, Pending& pending, Best& keep,
                 int64_t& dots) {
     const int64_t padded = (block.size + PANEL - 1) / PANEL * PANEL;
-    const double share = (double)keep.k * block.size / problem.num;
-    const int64_t rank = std::min<int64_t>({keep.k, block.size, (int64_t)(share + 4 * std::sqrt(share) + 4)});
+    const int64_t rank = std::min(block.size, safe_rank(keep.k, (double)block.size / problem.num));
     const bool certain = rank == keep.k;
     // of the largest of each group, the rank-th is no larger than that of all scores, and there are fewer to sort
     int64_t groups = padded;
@@ -467,7 +483,7 @@ bool run(const Problem& problem, int threads, std::vector<std::unique_ptr<Keep>>
         keep = make();
         Block<Screen> block((problem.num / blocks + 1 + PANEL) / PANEL * PANEL, tokens.words, problem.width);
         Pending pending(block.most);
-        bool first = true;
+        int64_t done = 0;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t number = 0; number < blocks; number++) {
             if (!finite.load(std::memory_order_relaxed)) continue;
@@ -477,12 +493,13 @@ bool run(const Problem& problem, int threads, std::vector<std::unique_ptr<Keep>>
             }
             if constexpr (std::is_same_v<Keep, Above>)
                 keep->block_limits = block.limits.data();
-            else if (first && keep->guessing) {
+            else if (keep->guessing && !done++) {
                 first_pass(problem, tokens, block, pending, *keep, count);
-                first = false;
                 continue;
             }
             pass(problem, tokens, block, pending, *keep, count);
+            if constexpr (std::is_same_v<Keep, Best>)
+                if (keep->guessing && (done & (done - 1)) == 0) keep->look_back((double)done / blocks);
         }
     }
     dots += count;

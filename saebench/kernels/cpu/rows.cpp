@@ -41,6 +41,17 @@ struct Gather {
     }
 };
 
+// One token's products with the rows of all its entries; an entry of value 0 may stand for a window that wants its gradient.
+void products(const Entries& entries, int64_t token, const float* row, const float* w, int64_t width, float* out) {
+    int64_t e = entries.begin(token);
+    for (; e + 4 <= entries.end(token); e += 4) {
+        const float* of[4];
+        for (int i = 0; i < 4; i++) of[i] = w + entries.indices[e + i] * width;
+        dots<4>(row, of, width, out + e);
+    }
+    for (; e < entries.end(token); e++) out[e] = dot(row, w + entries.indices[e] * width, width);
+}
+
 }  // namespace
 
 extern "C" {
@@ -61,7 +72,7 @@ void saebench_decode(const int32_t* indices, const float* values, const int64_t*
 // The error of decoding, y_hat + bias - y, its squares by token, and its products with the rows that made it, while these are at hand.
 void saebench_decode_error(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* w,
                            const float* bias, const float* y, int64_t tokens, int64_t width, int threads, float* error, float* squares,
-                           float* dots) {
+                           float* out) {
     const Entries entries{indices, values, offsets, k};
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
@@ -72,9 +83,7 @@ void saebench_decode_error(const int32_t* indices, const float* values, const in
         for (int64_t e = entries.begin(t); e < entries.end(t); e++) gather.add(values[e], w + indices[e] * width);
         gather.finish();
         squares[t] = dot(e_row, e_row, width);
-        if (dots)
-            for (int64_t e = entries.begin(t); e < entries.end(t); e++)
-                dots[e] = values[e] == 0.f ? 0.f : dot(e_row, w + indices[e] * width, width);
+        products(entries, t, e_row, w, width, out);
     }
 }
 
@@ -82,9 +91,7 @@ void saebench_dots(const int32_t* indices, const float* values, const int64_t* o
                    int64_t tokens, int64_t width, int threads, float* out) {
     const Entries entries{indices, values, offsets, k};
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t e = entries.begin(t); e < entries.end(t); e++)
-            out[e] = values[e] == 0.f ? 0.f : dot(rows + t * width, w + indices[e] * width, width);
+    for (int64_t t = 0; t < tokens; t++) products(entries, t, rows + t * width, w, width, out);
 }
 
 // Stable counting sort of entries by latent: starts [F + 1], order [N].
