@@ -8,8 +8,7 @@ import math
 from statistics import mean, stdev
 
 FIGURES = ("fvu", "recovered", "cosine", "dead")
-JUDGED = ("fvu", "recovered", "cosine")
-WORDS = {"fvu": "FVU", "recovered": "recovery"}
+WORDS = {"fvu": "FVU", "recovered": "recovery"}  # the figures that are judged
 FAR = 1.3  # at least one run's L0 must be within this factor of the wanted one
 # 95 % quantile of Student's t by degrees of freedom: a difference beyond it, in standard errors, is not seed noise
 T_95 = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89, 8: 1.86, 9: 1.83}
@@ -67,7 +66,7 @@ def judge(peers: dict[str, dict], base_name: str) -> dict[str, dict]:
         if name == base_name or result["error"]:
             continue
         verdicts[name] = {}
-        for figure in JUDGED:
+        for figure in WORDS:
             if figure not in base["at_l0"][0]:
                 continue
             ours, theirs = ([values[figure] for values in peer["at_l0"]] for peer in (base, result))

@@ -1,7 +1,9 @@
-"""What the figures were measured on; without it a time means nothing."""
+"""What the figures were measured on, without which a time means nothing, and how much memory there is and was used."""
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
 INSTRUCTIONS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile")  # what matrix kernels choose by
@@ -18,6 +20,21 @@ def describe() -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
+
+
+def peak_rss_mib() -> float:
+    """The largest resident size that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def free_mib() -> float | None:
+    """Memory that a new process can have without swapping; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) / 2**10
 
 
 def _processor() -> tuple[str, set[str]]:

@@ -10,34 +10,40 @@ README.md says how to read the table. Nothing here imports torch: the workers do
 import argparse
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from itertools import product
 from pathlib import Path
 from time import perf_counter
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python benchmarks/quality.py` works too
 
-from benchmarks import compare, machine
-from benchmarks.environments import python_of
-from benchmarks.measure import rounded, train_and_measure
-from benchmarks.peers import PEERS, Peer
-from benchmarks.report import format_table
+from benchmarks import compare, report
+from benchmarks.measure import rounded
+from benchmarks.options import (
+    RESULTS,
+    UsageError,
+    at_least,
+    free_stem,
+    learning_rates,
+    names_among,
+    new_result,
+    rate_name,
+    run_command,
+    say,
+)
+from benchmarks.peers import ARCHITECTURES, PEERS, Peer
 from benchmarks.shapes import SHAPES
-from benchmarks.train import at_least, free_stem, names_among
-from benchmarks.worker_process import WorkerProcess
+from benchmarks.trainings import Stopped, Trainings, install, recorded_activations, run_side_by_side
 
-ARCHITECTURES = ("topk", "batchtopk", "jumprelu", "gated", "matryoshka")
-CONTESTANTS = ("ours", "ours-reviving", "sae-lens", "dictionary-learning")
-# Of `ours-reviving`: what docs/architectures.md recommends where many latents die. The others have their best settings by default.
-REVIVING: dict[str, dict] = {"jumprelu": {"decoder": "free", "straight_through": True, "bandwidth": 2.0}}
-DECAY = 0.2  # share of the steps with a falling learning rate, for all: what every one of them recommends
+# What docs/architectures.md recommends where many latents die. The other architectures have their best settings by default.
+REVIVING = {"decoder": "free", "straight_through": True, "bandwidth": 2.0}
+CONTESTANTS = {
+    "ours": PEERS["ours"],
+    "ours-reviving": Peer("ours-reviving", "ours", architectures=("jumprelu",), job={"settings": REVIVING}),
+    "sae-lens": PEERS["sae-lens"],
+    "dictionary-learning": PEERS["dictionary-learning"],
+}
 MOST_SEARCHES = 8
 AIM = 1.08  # the search aims at runs this factor above and below the wanted L0
 
@@ -55,120 +61,77 @@ SEARCHED = {
 
 def main() -> int:
     arguments = parse(sys.argv[1:])
-    name = f"quality-{arguments.shape}-{date.today().isoformat()}"
-    stem = free_stem(arguments.out, name)
-    result = {
-        "date": date.today().isoformat(),
-        "machine": machine.describe(),
-        "arguments": vars(arguments) | {"out": None, "reuse": arguments.reuse and arguments.reuse.name},
-        "shape": vars(SHAPES[arguments.shape]),
-        "load_average_start": os.getloadavg()[0],
-        "versions": {},
-        "quality": {a: {str(lr): dict.fromkeys(CONTESTANTS) for lr in arguments.lr} for a in arguments.architectures},
-    }
+    stem = free_stem(arguments.out, f"quality-{arguments.shape}")
+    return run_command(lambda: run(arguments, stem), stem)
+
+
+def run(arguments: argparse.Namespace, stem: Path) -> None:
+    """All contests, several at a time; what is finished is on disk after each."""
+    quality = {a: {str(lr): dict.fromkeys(CONTESTANTS) for lr in arguments.lr} for a in arguments.architectures}
+    result = new_result(arguments) | {"shape": vars(SHAPES[arguments.shape]), "quality": quality}
     if arguments.reuse is not None:
         take_over(json.loads(arguments.reuse.read_text()), result)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers must be ended in either case
-    start = perf_counter()
-    for peer in arguments.peers:
-        try:
-            python_of(library(peer))  # one after the other, before processes start side by side
-        except (RuntimeError, OSError) as error:
-            say(f"{peer}: installation failed: {error}")
-    lock = threading.Lock()
+    start, lock = perf_counter(), threading.Lock()
+    install([CONTESTANTS[name] for name in arguments.peers])
     contests = [
-        Contest(arguments, *which)
-        for which in product(arguments.architectures, arguments.peers, arguments.lr)
-        if which[1] != "ours-reviving" or which[0] in REVIVING
+        Contest(arguments, architecture, CONTESTANTS[peer], lr)
+        for architecture, peer, lr in product(arguments.architectures, arguments.peers, arguments.lr)
+        if architecture in CONTESTANTS[peer].architectures
     ]
-    contests.sort(key=lambda contest: (contest.architecture, contest.peer) not in SEARCHED)  # the longest first
+    contests.sort(key=lambda contest: contest.key not in SEARCHED)  # the longest first
 
-    def run(contest: Contest) -> None:
-        outcome = contest.result()
+    def finish(contest: Contest) -> None:
+        contest.run()
         with lock:
-            result["quality"][contest.architecture][str(contest.lr)][contest.peer] = outcome
-            result["versions"][contest.peer] = outcome["versions"] or result["versions"].get(contest.peer)
+            quality[contest.architecture][str(contest.lr)][contest.peer.name] = contest.outcome
+            result["versions"][contest.peer.name] = contest.outcome["versions"] or result["versions"].get(contest.peer.name)
             result["minutes"] = (perf_counter() - start) / 60
-            result["load_average_end"] = os.getloadavg()[0]
             write(result, stem)
 
-    folder = tempfile.TemporaryDirectory()
-    arguments.activations = None
-    if not SHAPES[arguments.shape].n_features:
-        arguments.activations = Path(folder.name) / "activations.pt"
-        rows = arguments.steps * SHAPES[arguments.shape].batch_size
-        say(f"recording {rows} activations of the bundled model, and some to measure with")
-        command = [sys.executable, "-m", "benchmarks.workers.recorded", str(arguments.activations), str(rows)]
-        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
-    pool = ThreadPoolExecutor(arguments.parallel)
-    tasks = [pool.submit(run, contest) for contest in contests]
-    try:
-        for task in tasks:
-            task.result()
-    except KeyboardInterrupt:
-        say("interrupted; the workers are being ended")
-        return 130
-    finally:
+    with recorded_activations(arguments.shape, arguments.steps) as activations:
         for contest in contests:
-            contest.stop()
-        pool.shutdown(cancel_futures=True)
-        folder.cleanup()
-        if stem.with_suffix(".md").exists():
-            say(f"results: {stem.with_suffix('.md')} and {stem.with_suffix('.json').name}")
-    print("\n" + tables(result["quality"]))
-    return 0
-
-
-def library(contestant: str) -> Peer:
-    """Whose trainer a contestant runs."""
-    return PEERS["ours" if contestant in ("ours", "ours-reviving") else contestant]
-
-
-class Stopped(Exception):
-    """The benchmark was interrupted."""
+            contest.activations = activations
+        run_side_by_side(contests, arguments.parallel, finish)
+    print("\n" + "\n\n".join(tables(quality)))
 
 
 class Contest:
     """One peer's runs for one architecture: all seeds, one after the other, in one process."""
 
-    def __init__(self, arguments: argparse.Namespace, architecture: str, peer: str, lr: float | None):
+    def __init__(self, arguments: argparse.Namespace, architecture: str, peer: Peer, lr: float | None):
         self.arguments, self.architecture, self.peer, self.lr = arguments, architecture, peer, lr
         self.shape = SHAPES[arguments.shape]
         self.l0 = float(arguments.l0 or self.shape.k)
         self.runs: list[dict] = []
-        self.worker: WorkerProcess | None = None
-        self.stopped = False
+        self.outcome: dict = {"runs": self.runs, "at_l0": [], "error": None}
+        self.activations: str | None = None
+        self.trainings = Trainings(peer, threads=arguments.threads, log=f"{peer.name}-{architecture}-{lr or 'own'}")
 
     def __str__(self) -> str:
-        return f"{self.architecture} {self.peer} {_rate(self.lr)}"
+        return f"{self.architecture} {self.peer.name} {rate_name(self.lr)}"
 
-    def stop(self) -> None:
-        """From another thread: end what is running, and begin nothing more."""
-        self.stopped = True
-        if self.worker is not None:
-            self.worker.end()
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.architecture, self.peer.name
 
-    def result(self) -> dict:
-        """`runs` (seed, sparsity, point, seconds, error), `at_l0` (one entry per seed), `versions`, `error`."""
-        answer: dict = {"runs": self.runs, "at_l0": [], "error": None}
+    def run(self) -> None:
+        """Into `outcome`: `runs` (seed, sparsity, point, seconds, error), `at_l0` (one entry per seed), `versions`, `error`."""
         try:
             for seed in range(self.arguments.seeds):
-                points = self._search(seed) if (self.architecture, self.peer) in SEARCHED else [self._train(seed, self.l0)]
-                answer["at_l0"].append(compare.at_l0(points, self.l0))
+                points = self._search(seed) if self.key in SEARCHED else [self._train(seed, self.l0)]
+                self.outcome["at_l0"].append(compare.at_l0(points, self.l0))
         except (RuntimeError, ValueError) as error:
-            answer["error"] = str(error)
+            self.outcome["error"] = str(error)
             say(f"{self} failed: {error}")
         except Stopped:
-            answer["error"] = "interrupted"
+            self.outcome["error"] = "interrupted"
         finally:
-            if self.worker is not None:
-                self.worker.close()
-        answer["versions"] = next((run["versions"] for run in self.runs if run["versions"]), None)
-        return answer
+            self.trainings.close()
+        self.outcome["versions"] = next((run["versions"] for run in self.runs if run["versions"]), None)
 
     def _search(self, seed: int) -> list[dict]:
         """Runs with an L0 on both sides of the wanted one. Later seeds begin with the two values that served the first."""
-        value, sign = SEARCHED[self.architecture, self.peer]
+        value, sign = SEARCHED[self.key]
         earlier = [run for run in self.runs if not run["error"]]
         tried: list[tuple[float, dict]] = []
         for _ in range(MOST_SEARCHES):
@@ -202,33 +165,20 @@ class Contest:
 
     def _train(self, seed: int, sparsity: float) -> dict:
         """The last measurement of one run. Raises RuntimeError with the worker's message."""
-        if self.stopped:
-            raise Stopped
-        if self.worker is None:
-            log = f"{self.peer}-{self.architecture}-{self.lr or 'own'}"
-            self.worker = WorkerProcess(library(self.peer), threads=self.arguments.threads, log=log)
-        start = perf_counter()
-        measured = train_and_measure(
-            self.worker,
+        measured = self.trainings.train(
             self.shape,
-            n_points=1,
             l0=self.l0,
             steps=self.arguments.steps,
             seed=seed,
             lr=self.lr,
-            threads=self.arguments.threads,
             architecture=self.architecture,
             sparsity=sparsity,
-            decay=DECAY,
-            settings=REVIVING[self.architecture] if self.peer == "ours-reviving" else {},
-            activations=self.arguments.activations and str(self.arguments.activations),
+            activations=self.activations,
         )
         point = None if measured["error"] else measured["points"][-1]
         run = {"seed": seed, "sparsity": sparsity, "first": next(iter(measured["points"]), None), "point": point}
-        run |= {"seconds": perf_counter() - start, "versions": measured["versions"], "error": measured["error"]}
+        run |= {name: measured[name] for name in ("seconds", "versions", "error")}
         self.runs.append(run)
-        if self.stopped:
-            raise Stopped
         if point is None:
             raise RuntimeError(measured["error"])
         shown = rounded({key: point[key] for key in ("l0", "fvu", "recovered", "dead") if key in point})
@@ -241,7 +191,7 @@ def take_over(earlier: dict, result: dict) -> None:
     for name in ("shape", "seeds", "steps", "l0"):
         now, then = ((r["shape"] if name == "shape" else r["arguments"][name]) for r in (result, earlier))
         if now != then:
-            raise SystemExit(f"--reuse: {name} was {then} there and is {now} now")
+            raise UsageError(f"--reuse: {name} was {then} there and is {now} now")
     for architecture, rates in result["quality"].items():
         for rate, peers in rates.items():
             found = earlier["quality"].get(architecture, {}).get(rate, {})
@@ -251,29 +201,20 @@ def take_over(earlier: dict, result: dict) -> None:
 
 def write(result: dict, stem: Path) -> None:
     """`stem`.json with every run, `stem`.md with the tables under a head that says where and when."""
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    machine, arguments, shape = result["machine"], result["arguments"], result["shape"]
-    versions = "\n".join(
-        f"- {name}: " + ", ".join(f"{package} {number}" for package, number in versions.items())
-        for name, versions in sorted(result["versions"].items())
-        if versions is not None
-    )
+    arguments, shape = result["arguments"], result["shape"]
     planted = f"{shape['n_features']} planted directions, {shape['mean_l0']:g} active"
-    head = (
-        f"# Quality, {result['date']}\n\n"
+    about = (
         f"{arguments['steps']} steps of {shape['batch_size']} tokens at {arguments['shape']} (d_in {shape['d_in']}, d_sae "
         f"{shape['d_sae']}, {planted if shape['n_features'] else 'activations of the bundled model'}), wanted L0 "
-        f"{arguments['l0'] or shape['k']:g}, {arguments['seeds']} seeds.\n\n"
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB, {machine['system']}; {arguments['parallel']} "
-        f"runs at a time with {arguments['threads']} threads each; {result['minutes']:.0f} minutes; load average "
-        f"{result['load_average_start']:.1f} at the start, {result['load_average_end']:.1f} at the end.\n\n{versions}\n\n"
+        f"{arguments['l0'] or shape['k']:g}, {arguments['seeds']} seeds; {arguments['parallel']} runs at a time; "
+        f"{result['minutes']:.0f} minutes.\n\n"
     )
     if arguments["reuse"]:
-        head += f"Run now: {', '.join(arguments['peers'])}; the others' runs are those of {arguments['reuse']}.\n\n"
-    stem.with_suffix(".md").write_text(head + tables(result["quality"]))
+        about += f"Run now: {', '.join(arguments['peers'])}; the others' runs are those of {arguments['reuse']}.\n\n"
+    report.write(result, "Quality", tables(result["quality"]), stem, about)
 
 
-def tables(quality: dict[str, dict]) -> str:
+def tables(quality: dict[str, dict]) -> list[str]:
     """One table per architecture and learning rate, and the errors below it."""
     parts = []
     for architecture, rates in quality.items():
@@ -281,25 +222,24 @@ def tables(quality: dict[str, dict]) -> str:
             peers = {name: result for name, result in peers.items() if result is not None}
             if not peers:
                 continue
-            errors = "".join(f"\n{name} failed: {result['error']}\n" for name, result in peers.items() if result["error"])
-            title = f"{architecture}, {_rate(None if rate == 'None' else float(rate))}"
-            parts.append(f"## {title}\n")
-            ours = [name for name in peers if name.startswith("ours")]
-            for base in ours or [CONTESTANTS[0]]:
+            parts.append(f"## {architecture}, {rate_name(None if rate == 'None' else float(rate))}")
+            ours = [name for name in peers if CONTESTANTS[name].worker == "ours"]
+            for base in ours or ["ours"]:
                 rows = compare.table({name: peer for name, peer in peers.items() if name == base or name not in ours}, base)
-                parts.append(f"{format_table(rows[0], rows[1:])}\n")
-            parts.append(errors)
-    return "\n".join(parts)
+                parts.append(report.format_table(rows[0], rows[1:]))
+            parts += [failed] if (failed := report.failures(peers).strip()) else []
+    return parts
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
-    known = {name: name for name in ARCHITECTURES}
-    contestants = {name: name for name in CONTESTANTS}
     parser.add_argument(
-        "--architectures", type=names_among(known), default=list(known), help=f"of {','.join(known)}; default all"
+        "--architectures",
+        type=names_among(ARCHITECTURES),
+        default=list(ARCHITECTURES),
+        help=f"of {','.join(ARCHITECTURES)}; default all",
     )
-    parser.add_argument("--peers", type=names_among(contestants), default=list(contestants), help=f"of {','.join(contestants)}")
+    parser.add_argument("--peers", type=names_among(CONTESTANTS), default=list(CONTESTANTS), help=f"of {','.join(CONTESTANTS)}")
     parser.add_argument("--shape", choices=SHAPES, default="mini", help="sizes and data; default mini")
     parser.add_argument("--l0", type=float, help="the L0 at which all are compared; default the shape's k")
     parser.add_argument("--steps", type=at_least(10), default=2000, help="training steps; default 2000")
@@ -310,20 +250,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--parallel", type=at_least(1), default=2, help="runs at a time")
     parser.add_argument("--threads", type=at_least(1), default=1, help="threads of each run")
     parser.add_argument("--reuse", type=Path, help="an earlier result (JSON) to take the peers from that are not run now")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser.parse_args(arguments)
-
-
-def learning_rates(text: str) -> list[float | None]:
-    return [None if part == "own" else float(part) for part in text.split(",")]
-
-
-def _rate(lr: float | None) -> str:
-    return "their own learning rates" if lr is None else f"learning rate {lr:g}"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""One TopK SAE training step beside installed peers: how long it takes, and what the dictionary is worth after equal tokens.
+"""One training step beside installed peers: how long it takes, and what the dictionary is worth after equal tokens.
 
-    python -m benchmarks.train                                  # speed at A, B, C with quality beside it
-    python -m benchmarks.train --shapes A --peers ours,sparsify --rounds 3
+    python -m benchmarks.train                                  # TopK: speed at A, B, C with quality beside it
+    python -m benchmarks.train --architecture batchtopk,jumprelu,gated,matryoshka --shapes A
+    python -m benchmarks.train --shapes A --peers ours,sparsify,matmul --rounds 3 --no-quality
     python -m benchmarks.train --quality --steps 2000 --seeds 3 --lr 4e-3
 
 README.md says how to read the tables. Nothing here imports torch: the workers do, each in its own process.
@@ -9,16 +10,25 @@ README.md says how to read the tables. Nothing here imports torch: the workers d
 
 import argparse
 import os
-import signal
 import sys
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python benchmarks/train.py` works too
 
-from benchmarks import machine, report
-from benchmarks.measure import measure_quality, measure_speed
-from benchmarks.peers import PEERS
+from benchmarks import report
+from benchmarks.measure import bare_torch_mib, measure_quality, measure_speed
+from benchmarks.options import (
+    RESULTS,
+    at_least,
+    describe,
+    free_stem,
+    names_among,
+    new_result,
+    rate_name,
+    run_command,
+    say,
+)
+from benchmarks.peers import ARCHITECTURES, PEERS, USUAL, Peer
 from benchmarks.shapes import SHAPES
 
 QUALITY_SHAPE = "small"
@@ -26,115 +36,104 @@ QUALITY_SHAPE = "small"
 
 def main() -> int:
     arguments = parse(sys.argv[1:])
-    stem = free_stem(arguments.out, f"{'quality' if arguments.quality else 'train'}-{date.today().isoformat()}")
-    result = {
-        "date": date.today().isoformat(),
-        "machine": machine.describe(),
-        "arguments": vars(arguments) | {"out": None},
-        "load_average_start": os.getloadavg()[0],
-        "versions": {},
-        "quality": {},
-        "speed": {},
-    }
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the workers must be ended in either case
-    try:
-        run(arguments, result, stem)
-    except KeyboardInterrupt:
-        say("interrupted; the workers have been ended")
-        return 130
-    finally:
-        if stem.with_suffix(".md").exists():
-            say(f"results: {stem.with_suffix('.md')} and {stem.with_suffix('.json').name}")
-    return 0
+    name = "-".join(["quality" if arguments.quality else "train", *(a for a in arguments.architecture if a != "topk")])
+    stem = free_stem(arguments.out, name)
+    result = new_result(arguments) | {"quality": {}, "speed": {}}
+    return run_command(lambda: run(arguments, result, stem), stem)
 
 
 def run(arguments: argparse.Namespace, result: dict, stem: Path) -> None:
     """Measure into `result`; what is finished is on disk after each table."""
-    tables = []
+    tables: list[str] = []
 
     def finish(table: str, title: str) -> None:
         tables.append(f"## {title}\n\n{table}")
         print(f"\n{tables[-1]}\n", flush=True)
         result["load_average_end"] = os.getloadavg()[0]
-        report.write(result, tables, stem)
+        report.write(result, "Training step", tables, stem)
 
-    for shape in arguments.shapes if arguments.quality else [QUALITY_SHAPE]:
-        runs = result["quality"][shape] = {peer: [] for peer in arguments.peers}
-        for seed in range(arguments.seeds):
-            for peer in arguments.peers:
-                runs[peer].append(quality_run(arguments, shape, peer, seed))
-                result["versions"][peer] = runs[peer][-1]["versions"]
-        rate = "each peer's default learning rate" if arguments.lr is None else f"learning rate {arguments.lr:g}"
-        finish(report.quality_table(runs), f"Quality at {describe(shape)} after {arguments.steps} steps, {rate}")
+    if not arguments.quality:
+        result["bare_torch_mib"] = bare_torch_mib()
+    for architecture in arguments.architecture:
+        peers = [PEERS[peer] for peer in arguments.peers if architecture in PEERS[peer].architectures]
+        qualities = result["quality"][architecture] = {}
+        if arguments.beside:
+            for shape in arguments.shapes if arguments.quality else [QUALITY_SHAPE]:
+                qualities[shape] = quality_runs(arguments, architecture, shape, peers, result["versions"])
+                title = f"Quality of {architecture} at {describe(shape)} after {arguments.steps} steps, {rate_name(arguments.lr)}"
+                finish(report.quality_table(qualities[shape]), title)
+        speeds = result["speed"][architecture] = {}
+        for shape in [] if arguments.quality else arguments.shapes:
+            speeds[shape] = measure_speed(
+                peers,
+                SHAPES[shape],
+                architecture=architecture,
+                rounds=arguments.rounds,
+                burst=arguments.burst,
+                threads=arguments.threads,
+                told_steps=arguments.told_steps,
+                say=say,
+            )
+            result["versions"] |= {name: found["versions"] for name, found in speeds[shape].items() if "versions" in found}
+            beside = qualities.get(QUALITY_SHAPE, {})
+            table = report.speed_table(speeds[shape], beside, SHAPES[shape].batch_size, result["bare_torch_mib"])
+            quality = f"; quality at {QUALITY_SHAPE} after {arguments.steps} steps" if beside else ""
+            finish(table, f"Speed of {architecture} at {describe(shape)}{quality}")
+            for base, table in report.ratio_tables(speeds[shape], result["bare_torch_mib"]).items():
+                finish(table, f"{architecture} at {shape} against {base}")
 
-    for shape in [] if arguments.quality else arguments.shapes:
-        result["speed"][shape] = measure_speed(
-            [PEERS[peer] for peer in arguments.peers],
-            SHAPES[shape],
-            rounds=arguments.rounds,
-            burst=arguments.burst,
-            threads=arguments.threads,
-            say=say,
-        )
-        table = report.speed_table(result["speed"][shape], result["quality"][QUALITY_SHAPE], SHAPES[shape].batch_size)
-        finish(table, f"Speed at {describe(shape)}; quality at {QUALITY_SHAPE} after {arguments.steps} steps")
 
-
-def quality_run(arguments: argparse.Namespace, shape: str, peer: str, seed: int) -> dict:
-    steps, lr, threads = arguments.steps, arguments.lr, arguments.threads
-    return measure_quality(PEERS[peer], SHAPES[shape], steps=steps, seed=seed, lr=lr, threads=threads, say=say)
+def quality_runs(arguments: argparse.Namespace, architecture: str, shape: str, peers: list[Peer], versions: dict) -> dict:
+    """By peer, one result per seed; versions of the peers go to `versions`."""
+    runs: dict[str, list[dict]] = {peer.name: [] for peer in peers if peer.trains}
+    for seed in range(arguments.seeds):
+        for name, found in runs.items():
+            found.append(
+                measure_quality(
+                    PEERS[name],
+                    SHAPES[shape],
+                    architecture=architecture,
+                    steps=arguments.steps,
+                    seed=seed,
+                    lr=arguments.lr,
+                    threads=arguments.threads,
+                    say=say,
+                )
+            )
+            versions[name] = found[-1]["versions"]
+    return runs
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
+    known = ",".join(ARCHITECTURES)
+    parser.add_argument("--architecture", type=names_among(ARCHITECTURES), default=["topk"], help=f"of {known}; default topk")
     parser.add_argument("--shapes", type=names_among(SHAPES), help=f"of {','.join(SHAPES)}; default A,B,C (--quality: small)")
-    parser.add_argument("--peers", type=names_among(PEERS), default=list(PEERS), help=f"of {','.join(PEERS)}; default all")
+    parser.add_argument(
+        "--peers", type=names_among(PEERS), default=list(USUAL), help=f"of {','.join(PEERS)}; default all but ours-reference"
+    )
     parser.add_argument("--rounds", type=at_least(1), default=7, help="turns that each worker gets")
     parser.add_argument("--burst", type=at_least(2), default=3, help="steps in a turn, the first not counted")
     parser.add_argument("--threads", type=at_least(1), default=2, help="threads of each worker")
+    parser.add_argument(
+        "--told-steps",
+        type=at_least(30),
+        default=2000,
+        help="length of a run that schedules are told; 30: latents die, AuxK runs",
+    )
     parser.add_argument("--quality", action="store_true", help="quality only, at --shapes")
+    parser.add_argument("--no-quality", dest="beside", action="store_false", help="speed only")
     parser.add_argument("--steps", type=at_least(1), default=500, help="training steps before quality is measured")
     parser.add_argument("--seeds", type=at_least(1), default=1, help="runs per peer, each with its own data and initialisation")
     parser.add_argument("--lr", type=float, help="one learning rate for all in the quality runs; default: each peer's own")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parsed = parser.parse_args(arguments)
     parsed.shapes = parsed.shapes or ([QUALITY_SHAPE] if parsed.quality else ["A", "B", "C"])
+    if parsed.quality and not parsed.beside:
+        parser.error("--quality and --no-quality leave nothing to measure")
+    if parsed.rounds * parsed.burst >= parsed.told_steps:
+        parser.error(f"{parsed.rounds} rounds of {parsed.burst} steps need more than {parsed.told_steps} --told-steps")
     return parsed
-
-
-def names_among(known: dict):
-    def names(text: str) -> list[str]:
-        unknown = [name for name in text.split(",") if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
-        return text.split(",")
-
-    return names
-
-
-def at_least(least: int):
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
-
-    return number
-
-
-def free_stem(folder: Path, name: str) -> Path:
-    """A file name without suffix that no earlier result of the day has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stems = [folder / name, *(folder / f"{name}-{number}" for number in range(2, 1000))]
-    return next(stem for stem in stems if not stem.with_suffix(".json").exists())
-
-
-def describe(shape: str) -> str:
-    sizes = SHAPES[shape]
-    return f"{shape} (d_in {sizes.d_in}, d_sae {sizes.d_sae}, k {sizes.k}, batch {sizes.batch_size})"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

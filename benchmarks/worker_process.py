@@ -3,10 +3,13 @@
 import json
 import os
 import select
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 from benchmarks.environments import python_of
+from benchmarks.options import UsageError
 from benchmarks.peers import Peer
 
 ROOT = Path(__file__).parent.parent
@@ -15,12 +18,21 @@ ANSWER_TIMEOUT_S = 1800.0
 EXIT_TIMEOUT_S = 5.0
 
 
+def output_of(command: list[str], what: str) -> str:
+    """What a Python command of this interpreter prints. Ctrl-C ends it without a word of its own; raises UsageError with its last
+    words where it fails."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, start_new_session=True)
+    if done.returncode:
+        raise UsageError(f"{what}: {(done.stderr.strip().splitlines() or ['it left no message'])[-1][:300]}")
+    return done.stdout
+
+
 class WorkerProcess:
     """One peer's process. Once it has failed, `error` says why in one line and every further request answers None."""
 
     def __init__(self, peer: Peer, *, threads: int, log: str | None = None):
         """`log` names the log file, for several processes of one peer at a time."""
-        self.name, self.error, self._process = peer.name, None, None
+        self.peer, self.name, self.error, self._process = peer, peer.name, None, None
         LOGS.mkdir(exist_ok=True)
         self._log = LOGS / f"{log or peer.name}.log"
         try:
@@ -35,6 +47,7 @@ class WorkerProcess:
             "HF_HUB_OFFLINE": "1",
             "WANDB_MODE": "disabled",
             "TOKENIZERS_PARALLELISM": "false",
+            **peer.variables,
         }
         answers, answers_in_worker = os.pipe()
         self._answers = os.fdopen(answers, "rb", buffering=0)
@@ -50,6 +63,10 @@ class WorkerProcess:
                 pass_fds=(answers_in_worker,),
                 start_new_session=True,  # Ctrl-C reaches the benchmark alone, which then ends its workers
             )
+
+    def init(self, **job: object) -> dict | None:
+        """Ask for a trainer; what the peer fixes for itself replaces what all are asked."""
+        return self.ask("init", **(job | dict(self.peer.job)))
 
     def ask(self, op: str, **arguments: object) -> dict | None:
         """The worker's answer to one request, or None if it has failed, now or before."""
@@ -67,15 +84,23 @@ class WorkerProcess:
         answer = json.loads(line)
         return self._fail(answer["error"]) if "error" in answer else answer
 
+    def freeze(self) -> None:
+        """Stop all threads of the process until `thaw`: one that reads ahead would work while others are measured."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
     def end(self) -> None:
         """Terminate the process at once, from any thread: the request that it is working on fails."""
-        if self._process is not None:
-            self._process.terminate()
+        self._signal(signal.SIGTERM)
+        self.thaw()
 
     def close(self) -> None:
         """End the process: it leaves by itself when idle, and is terminated when it is not."""
         if self._process is None:
             return
+        self.thaw()
         self._process.stdin.close()
         for end in (lambda: None, self._process.terminate, self._process.kill):
             end()
@@ -86,6 +111,11 @@ class WorkerProcess:
                 continue
         self._answers.close()
         self._process = None
+
+    def _signal(self, number: int) -> None:
+        process = self._process  # another thread may be closing it
+        if process is not None:
+            process.send_signal(number)
 
     def _fail(self, error: str) -> None:
         self.error = error

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import queue
-import resource
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.machine import peak_rss_mib
 from benchmarks.shapes import Shape
-from benchmarks.workers.planted import HELD_OUT, Codes, PlantedData, quality, threshold_for
+from benchmarks.workers.planted import HELD_OUT, Codes, PlantedData, active_latents, quality, threshold_for
 from benchmarks.workers.recorded import RecordedData
 
 WARMUP_FRACTION = 0.1  # of the steps, for all: the peers' own warm-ups (0 to 1000 steps) are meant for far longer runs
@@ -38,6 +39,7 @@ class Job:
 
     `sparsity` is what the architecture calls it: the active latents per token k or target_l0, or a coefficient; None: shape.k.
     `decay` is the share of the steps, at the end, with a learning rate that falls to zero; None: the peer's own default.
+    `warmup` is the share of the steps with a rising learning rate.
     `settings` are further settings of the dictionary, in the peer's own words; `activations` is the file of recorded ones.
     """
 
@@ -49,6 +51,7 @@ class Job:
     architecture: str = "topk"
     sparsity: float | None = None
     decay: float | None = None
+    warmup: float = WARMUP_FRACTION
     settings: dict[str, Any] = field(default_factory=dict)
     activations: str | None = None
 
@@ -58,7 +61,7 @@ class Job:
 
     @property
     def warmup_steps(self) -> int:
-        return max(1, int(self.steps * WARMUP_FRACTION))
+        return max(1, int(self.steps * self.warmup))
 
     @property
     def decay_steps(self) -> int:
@@ -80,9 +83,14 @@ class Worker(ABC):
 
     packages: tuple[str, ...] = ()  # distributions whose versions are reported
     architectures: tuple[str, ...] = ("topk",)
+    trains = True  # False: only the time of `step` and `encode` means something
 
     def __init__(self, job: Job):
         self.job = job
+
+    def versions(self) -> dict[str, str]:
+        """What else decides the figures, by name."""
+        return {}
 
     @abstractmethod
     def step(self, x_BD: Tensor) -> None:
@@ -119,7 +127,7 @@ class SingleStepper:
     """
 
     def __init__(self):
-        self._batches: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._batches: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._asked: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def start(self, loop: Callable[[], object]) -> None:
@@ -134,12 +142,12 @@ class SingleStepper:
         threading.Thread(target=run, daemon=True).start()
         self._wait()
 
-    def next_batch(self) -> Tensor:
+    def next_batch(self) -> Any:
         self._asked.put(None)
         return self._batches.get()
 
-    def step(self, x_BD: Tensor) -> None:
-        self._batches.put(x_BD)
+    def step(self, batch: Any) -> None:
+        self._batches.put(batch)
         self._wait()
 
     def _wait(self) -> None:
@@ -164,7 +172,7 @@ class Server:
         torch.manual_seed(job.seed)
         self._worker = self._make(job)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
-        versions |= {name: version(name) for name in self._make.packages}
+        versions |= {name: version(name) for name in self._make.packages} | self._worker.versions()
         return {"versions": versions, "start_rss_mib": start_rss_mib}
 
     def step(self, *, n: int) -> dict:
@@ -180,16 +188,19 @@ class Server:
 
     @torch.no_grad()
     def codec(self) -> dict:
-        """Seconds to encode a batch and to decode its codes, after one of each that is not counted."""
+        """Seconds to encode a batch and to decode its codes, after one of each that is not counted, and the active latents per token
+        of these codes, on which the speed of sparse ones depends."""
         x_BD = self._data.batch_BD(HELD_OUT, self._batch_size)
         with self._worker.evaluation():
-            codes = self._worker.encode(x_BD)
-            self._worker.decode(codes)
-            start = time.perf_counter()
-            codes = self._worker.encode(x_BD)
-            encoded = time.perf_counter()
-            self._worker.decode(codes)
-            return {"encode_seconds": encoded - start, "decode_seconds": time.perf_counter() - encoded}
+            encode, decode = partial(self._worker.encode, x_BD), self._worker.decode
+            codes, _ = timed(encode)
+            if not self._worker.trains:
+                return {"encode_seconds": timed(encode)[1]}
+            timed(partial(decode, codes))
+            codes, encode_seconds = timed(encode)
+            _, decode_seconds = timed(partial(decode, codes))
+            l0 = len(active_latents(codes)) / len(x_BD)
+            return {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds, "l0": l0}
 
     def quality(self, *, l0: float | None = None) -> dict:
         """As the dictionary is; with `l0`, under `at_l0` too, with the threshold that gives this L0 where there is one threshold."""
@@ -207,10 +218,21 @@ class Server:
         return self._worker.encode(x_BD)
 
 
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What a piece of work returns, and its seconds."""
+    start = time.perf_counter()
+    done = work()
+    return done, time.perf_counter() - start
+
+
 def serve(make: type[Worker]) -> None:
-    """Answer requests until stdin is closed. The first argument is the file descriptor that the answers go to."""
+    """Answer requests about one worker until stdin is closed."""
+    answer_requests(Server(make))
+
+
+def answer_requests(server: object) -> None:
+    """Each request names a method of the server. The first argument of the process is the file descriptor that answers go to."""
     answers = os.fdopen(int(sys.argv[1]), "w", buffering=1)
-    server = Server(make)
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -220,8 +242,3 @@ def serve(make: type[Worker]) -> None:
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
         print(json.dumps(answer), file=answers)
     os._exit(0)  # a SingleStepper's thread still waits for a batch
-
-
-def peak_rss_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

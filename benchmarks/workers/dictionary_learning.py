@@ -78,8 +78,8 @@ def build(job: Job) -> Any:
         common["lr"] = job.lr
     common["sparsity_warmup_steps"] = 2 * job.warmup_steps  # as its defaults are, 2000 and 1000
     if job.architecture == "jumprelu":
-        return JumpReluTrainer(**common, target_l0=job.sparsity)
-    return GatedSAETrainer(**common, l1_penalty=job.sparsity)
+        return JumpReluTrainer(**common, target_l0=float(k) if job.sparsity is None else job.sparsity)
+    return GatedSAETrainer(**common, **({} if job.sparsity is None else {"l1_penalty": job.sparsity}))
 
 
 if __name__ == "__main__":

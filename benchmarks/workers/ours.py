@@ -5,11 +5,13 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from benchmarks.workers.common import WARMUP_FRACTION, Job, Worker, serve
+from benchmarks.workers.common import Job, Worker, serve
 from saebench.codes import SparseCodes
-from saebench.dictionaries import parse_dictionary
+from saebench.dictionaries import Dictionary, parse_dictionary
+from saebench.kernels.implementations import report
 from saebench.trainer import Member, TrainConfig
 
+Entries = tuple[Tensor, Tensor, Tensor | None]  # values, indices, and for ragged codes where each row begins
 SPARSITY_KEYS = {"topk": "k", "batchtopk": "k", "matryoshka": "k", "jumprelu": "target_l0", "gated": "target_l0"}
 
 
@@ -23,7 +25,7 @@ class Ours(Worker):
             num_tokens=job.steps * shape.batch_size,
             batch_size=shape.batch_size,
             lr=job.lr,
-            warmup=WARMUP_FRACTION,
+            warmup=job.warmup,
             seed=job.seed,
             **({} if job.decay is None else {"decay": job.decay}),
         )
@@ -36,6 +38,9 @@ class Ours(Worker):
         self.member = Member.create(parse_dictionary(values, "benchmark"), training, sample_BD)
         self.n_steps = 0
 
+    def versions(self) -> dict[str, str]:
+        return kernels()
+
     def step(self, x_BD: Tensor) -> None:
         self.member.step(x_BD, self.n_steps)
         self.n_steps += 1
@@ -47,13 +52,11 @@ class Ours(Worker):
         yield
         del self.dictionary
 
-    def encode(self, x_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        codes = self.dictionary.encode(x_BD)
-        return codes.values, codes.indices, codes.offsets
+    def encode(self, x_BD: Tensor) -> Entries:
+        return encode(self.dictionary, x_BD)
 
-    def decode(self, codes: tuple[Tensor, Tensor, Tensor | None]) -> Tensor:
-        values, indices, offsets_B = codes
-        return self.dictionary.decode(SparseCodes(indices, values, self.job.shape.d_sae, offsets_B))
+    def decode(self, codes: Entries) -> Tensor:
+        return decode(self.dictionary, codes)
 
     def decoder_FD(self) -> Tensor:
         return self.dictionary.W_dec
@@ -63,6 +66,21 @@ class Ours(Worker):
 
     def set_threshold(self, threshold: float) -> None:
         self.dictionary.threshold.fill_(threshold)
+
+
+def kernels() -> dict[str, str]:
+    """Which kernels serve float32 tensors here, as `saebench doctor` says it."""
+    return {"kernels": next(iter(report().values()))}
+
+
+def encode(dictionary: Dictionary, x_BD: Tensor) -> Entries:
+    codes = dictionary.encode(x_BD)
+    return codes.values, codes.indices, codes.offsets
+
+
+def decode(dictionary: Dictionary, codes: Entries) -> Tensor:
+    values, indices, offsets_B = codes
+    return dictionary.decode(SparseCodes(indices, values, dictionary.config.d_sae, offsets_B))
 
 
 if __name__ == "__main__":

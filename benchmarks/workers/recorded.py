@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.workers.planted import CALIBRATION, CALIBRATION_TOKENS, HELD_OUT, HELD_OUT_BATCHES, HELD_OUT_TOKENS
+from benchmarks.workers.planted import CALIBRATION_TOKENS, HELD_OUT, HELD_OUT_BATCHES, HELD_OUT_TOKENS
 
 KEPT_ROWS = HELD_OUT_BATCHES * HELD_OUT_TOKENS + CALIBRATION_TOKENS
 SITE = "blocks.2.hook_resid_post"
@@ -23,7 +23,7 @@ class RecordedData:
     directions_GD = None  # nobody knows them
 
     def __init__(self, path: Path, seed: int):
-        self.rows_RD = torch.load(path, mmap=True)
+        self.rows_RD = torch.load(path, mmap=True, weights_only=True)
         self.n_training = len(self.rows_RD) - KEPT_ROWS
         self.order_R = torch.randperm(self.n_training, generator=torch.Generator().manual_seed(seed))
 
@@ -34,7 +34,7 @@ class RecordedData:
             if len(rows_B) < batch_size:
                 raise ValueError(f"the recorded activations end before batch {number}: record more rows")
             return self.rows_RD[rows_B]
-        start = self.n_training + min(number - HELD_OUT, CALIBRATION - HELD_OUT) * HELD_OUT_TOKENS
+        start = self.n_training + (number - HELD_OUT) * HELD_OUT_TOKENS
         return self.rows_RD[start : start + batch_size].clone()
 
 
@@ -57,7 +57,7 @@ def record(path: Path, rows: int) -> None:
         raise SystemExit(f"the bundled text gives {len(rows_RD)} activations, fewer than {rows}: take fewer steps")
     rows_RD = rows_RD[torch.randperm(len(rows_RD), generator=torch.Generator().manual_seed(1))[:rows]]
     rows_RD *= (rows_RD.shape[1] / rows_RD.square().sum(1).mean()) ** 0.5
-    torch.save(rows_RD.clone(), path)
+    torch.save(rows_RD, path)
 
 
 if __name__ == "__main__":

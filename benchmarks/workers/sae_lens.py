@@ -21,6 +21,7 @@ from sae_lens import (
     MatryoshkaBatchTopKTrainingSAEConfig,
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
+    TrainingSAE,
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
@@ -56,9 +57,7 @@ class SaeLens(Worker):
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        with tempfile.TemporaryDirectory() as folder:
-            self.sae.save_inference_model(folder)
-            self.published = SAE.load_from_disk(folder)
+        self.published = published(self.sae)
         yield
         del self.published
 
@@ -79,6 +78,13 @@ class SaeLens(Worker):
         self.published.threshold.fill_(threshold)
 
 
+def published(sae: TrainingSAE) -> SAE:
+    """What others would get of a trained one."""
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        return SAE.load_from_disk(folder)
+
+
 def build(job: Job):
     """Its training class for the architecture; a coefficient rises from zero over as many steps as the learning rate."""
     sizes = {"d_in": job.shape.d_in, "d_sae": job.shape.d_sae}
@@ -90,10 +96,10 @@ def build(job: Job):
     if job.architecture == "matryoshka":
         config = MatryoshkaBatchTopKTrainingSAEConfig(**sizes, k=k, matryoshka_widths=job.group_ends)
         return MatryoshkaBatchTopKTrainingSAE(config)
-    rise = job.warmup_steps
+    rise, coefficient = job.warmup_steps, 1.0 if job.sparsity is None else job.sparsity  # 1: its defaults
     if job.architecture == "jumprelu":
-        return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**sizes, l0_coefficient=job.sparsity, l0_warm_up_steps=rise))
-    return GatedTrainingSAE(GatedTrainingSAEConfig(**sizes, l1_coefficient=job.sparsity, l1_warm_up_steps=rise))
+        return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**sizes, l0_coefficient=coefficient, l0_warm_up_steps=rise))
+    return GatedTrainingSAE(GatedTrainingSAEConfig(**sizes, l1_coefficient=coefficient, l1_warm_up_steps=rise))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ OPTIONAL = {
     "datasets": ("Hugging Face data sets as text", "pip install 'saebench[datasets]'"),
     "wandb": ("metrics on Weights & Biases", "pip install 'saebench[wandb]'"),
     "tensorboard": ("metrics in TensorBoard", "pip install 'saebench[tensorboard]'"),
+    "triton": ("kernels for CUDA devices", "pip install 'saebench[triton]'"),
 }
 
 
@@ -21,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from saebench.kernels import current_implementation
+    from saebench.kernels.implementations import report
     from saebench.lm.model import BUILTIN
     from saebench.progress import say
     from saebench.recipes import recipe_names
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "kernels": {name: current_implementation() for name in ("encode_topk", "sparse_decode", "latent_sums")},
+        "kernels": report(),
         "bfloat16_units": cuda or _cpu_has_bfloat16(),
         "optional": {name: find_spec(name) is not None for name in OPTIONAL},
         "recipes": recipe_names(),
@@ -42,9 +43,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     say("versions   " + ", ".join(f"{name} {number}" for name, number in result["versions"].items()))
     say(f"device     {result['device']}, {result['cores']} cores, {result['torch_threads']} torch threads")
-    say(
-        "kernels    " + ", ".join(f"{k}: {v}" for k, v in result["kernels"].items()) + " (stock torch operations; run everywhere)"
-    )
+    for kind, implementation in result["kernels"].items():
+        say(f"kernels    {kind}: {implementation}")
     if not result["bfloat16_units"]:
         say("bfloat16   emulated by this processor: compute in float32, store as you like")
     for name, (purpose, command) in OPTIONAL.items():

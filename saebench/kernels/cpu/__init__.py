@@ -20,7 +20,7 @@ from saebench.kernels.latent_order import latent_order
 from saebench.kernels.primitives import AdamRule, Gradient, Term
 
 MANY = 8  # with more than one latent in so many kept, sorting all scores of a token is faster than keeping the best
-WASTEFUL = 1 / 24  # share of all scores that the screen let through, above which more bits are worth their time
+WASTEFUL = 1 / 12  # share of all scores that the screen let through, above which more bits are worth their time
 RETRY = 200  # calls after which fewer bits are tried again
 
 _bits: dict[

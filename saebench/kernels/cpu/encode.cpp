@@ -1,13 +1,12 @@
 // Encode and select without ever holding the scores (methods.md K4, K11, K13).
 //
-// A block of latents is packed once, all tokens pass over it in tiles whose sums stay in registers, and a score that is not selected
-// leaves no trace. Scores are screened in few bits: tokens and latents are rounded to 8 or 16 bit integers with a known error, so a score
+// Latents are packed in blocks, tokens pass over them in tiles whose sums stay in registers, and a score that is not selected leaves no
+// trace. Scores are screened in few bits: tokens and latents are rounded to 8 or 16 bit integers with a known error, so a score
 // has an upper bound by Cauchy-Schwarz:
 //     z = (x . w + b) s,   |x . w - x~ . w~| <= |x - x~| |w| + |x| |w - w~|
 // and only where the bound reaches what a token still has room for, x . w is computed in float32, by `dot`. So what is selected, and
 // its value, does not depend on the bits of the screen, on the number of threads or on the order of the blocks.
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -34,6 +33,8 @@ static inline Ints step16(Ints c, Ints a, Ints b) { return c + (Ints)_mm256_madd
 constexpr int PANEL = 2 * LANES;        // latents whose sums are held together
 constexpr int BLOCK_BYTES = 384 << 10;  // of packed latents: they stay in the second-level cache
 constexpr int BLOCK_LATENTS = 512;
+constexpr int64_t BATCH_BYTES = 8 << 20;  // of packed latents that all tokens pass over before the next are packed
+constexpr int GROUP_TILES = 8;            // tiles of tokens that one thread takes at a time
 
 struct Problem {
     const float *x, *w, *b, *scale;  // [B, D], [F, D], [F], [F] or null
@@ -183,77 +184,63 @@ static inline bool before(const Entry& a, const Entry& b) {  // the total order 
     return a.value > b.value || (a.value == b.value && a.latent < b.latent);
 }
 
-// What all threads know of each token: how large a score must be to matter. `limit` rises to the k-th best score that some thread has
-// found, and a guess from the first block makes it rise sooner; where the guess was too high, which the end shows, the token is done again.
-struct Limits {
-    std::vector<std::atomic<float>> limit;
-    std::vector<std::atomic<float>> guess;
-    explicit Limits(int64_t tokens) : limit(tokens), guess(tokens) {
-        for (auto* each : {&limit, &guess})
-            for (auto& value : *each) value.store(0.f, std::memory_order_relaxed);
-    }
-    static void raise(std::atomic<float>& at, float value) {
-        float seen = at.load(std::memory_order_relaxed);
-        while (value > seen && !at.compare_exchange_weak(seen, value, std::memory_order_relaxed)) {
-        }
-    }
-};
-
 // How many of a sample's best are likely to be enough to reach the k best of all, when the sample is this share of all.
 static inline int64_t safe_rank(int64_t k, double share) {
     const double expected = k * share;
     return std::min<int64_t>(k, (int64_t)(expected + 4 * std::sqrt(expected) + 4));
 }
 
-// The k best of each token among the blocks of one thread, and some that were among them once.
+// The k best of each token so far, and some that were among them once. A score matters where it reaches `limit`, which rises to the k-th
+// best, and sooner by a guess from the blocks seen; where the guess was too high, which the end shows, the token is done again.
 struct Best {
     int64_t k, room;
-    Limits& limits;
+    std::vector<float> limits, guesses;
     std::vector<Entry> entries;
     std::vector<int32_t> sizes;
     bool guessing;
 
-    Best(int64_t tokens, int64_t k, Limits& limits, bool guessing)
-        : k(k), room(2 * k + 32), limits(limits), entries(tokens * room), sizes(tokens), guessing(guessing) {}
-    Floats limit(int64_t token, int64_t) const { return all(limits.limit[token].load(std::memory_order_relaxed)); }
-    void offer(int64_t token, int64_t row, float z) {
-        if (!(z > 0 && z >= limits.limit[token].load(std::memory_order_relaxed))) return;
+    Best(int64_t tokens, int64_t k, bool guessing)
+        : k(k), room(2 * k + 32), limits(tokens), guesses(tokens), entries(tokens * room), sizes(tokens), guessing(guessing) {}
+    Floats limit(int64_t token, int64_t) const { return all(limits[token]); }
+    void guess(int64_t token, float value) {
+        guesses[token] = std::max(guesses[token], value);
+        limits[token] = std::max(limits[token], value);
+    }
+    void offer(int64_t token, int64_t row, float z, int) {
+        if (!(z > 0 && z >= limits[token])) return;
         Entry* found = entries.data() + token * room;
         found[sizes[token]++] = {z, (int32_t)row};
         if (sizes[token] == room) {
             std::nth_element(found, found + k - 1, found + room, before);
             sizes[token] = (int32_t)k;
-            Limits::raise(limits.limit[token], found[k - 1].value);
+            limits[token] = std::max(limits[token], found[k - 1].value);
         }
     }
-    // Limits by what a thread has found in its part of all blocks so far.
-    void look_back(double share) {
+    // The limit by what was found in this share of all latents.
+    void look_back(int64_t token, double share) {
         const int64_t rank = safe_rank(k, share);
-        for (size_t token = 0; token < sizes.size(); token++) {
-            if (sizes[token] < rank) continue;
-            Entry* found = entries.data() + token * room;
-            std::nth_element(found, found + rank - 1, found + sizes[token], before);
-            if (rank < k) Limits::raise(limits.guess[token], found[rank - 1].value);
-            Limits::raise(limits.limit[token], found[rank - 1].value);
-        }
+        if (sizes[token] < rank) return;
+        Entry* found = entries.data() + token * room;
+        std::nth_element(found, found + rank - 1, found + sizes[token], before);
+        if (rank < k)
+            guess(token, found[rank - 1].value);
+        else
+            limits[token] = std::max(limits[token], found[rank - 1].value);
     }
 };
 
-// All entries above a threshold of each latent.
+// All entries above a threshold of each latent, as each thread finds them.
 struct Above {
     struct Found {
         int32_t token;
         Entry entry;
     };
-    const float* threshold;               // [F]
-    const float* block_limits = nullptr;  // of the block in work, padded to whole panels
-    std::vector<Found> found;
-    static constexpr bool guessing = false;
+    const float* threshold;  // [F]
+    std::vector<std::vector<Found>> found;
 
-    explicit Above(const float* threshold) : threshold(threshold) {}
-    Floats limit(int64_t, int64_t at) const { return load(block_limits + at); }
-    void offer(int64_t token, int64_t row, float z) {
-        if (z > threshold[row]) found.push_back({(int32_t)token, {z, (int32_t)row}});
+    Above(const float* threshold, int threads) : threshold(threshold), found(threads) {}
+    void offer(int64_t token, int64_t row, float z, int thread) {
+        if (z > threshold[row]) found[thread].push_back({(int32_t)token, {z, (int32_t)row}});
     }
 };
 
@@ -372,180 +359,185 @@ static inline __attribute__((always_inline)) void multiply(const typename Screen
 // What passed the screen, for each token of a tile, until its scores are computed all at once.
 struct Pending {
     int64_t most;
+    int thread;
     std::vector<int32_t> rows;
     std::vector<float> z;
     int32_t counts[TILE_TOKENS] = {};
+    int64_t computed = 0;
 
-    explicit Pending(int64_t most) : most(most), rows(TILE_TOKENS * most), z(most) {}
+    Pending(int64_t most, int thread) : most(most), thread(thread), rows(TILE_TOKENS * most), z(most) {}
     void add(int i, int32_t row) { rows[i * most + counts[i]++] = row; }
     template <class Keep>
-    int64_t settle(const Problem& problem, int64_t token, int i, Keep& keep) {
+    void settle(const Problem& problem, int64_t token, int i, Keep& keep) {
         const int32_t *of = rows.data() + i * most, count = counts[i];
         problem.scores(token, of, count, z.data());
-        for (int32_t j = 0; j < count; j++) keep.offer(token, of[j], z[j]);
+        for (int32_t j = 0; j < count; j++) keep.offer(token, of[j], z[j], thread);
         counts[i] = 0;
-        return count;
+        computed += count;
     }
 };
 
 template <class Screen, class Keep>
-void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, Pending& pending, Keep& keep, int64_t& dots) {
-    for (int64_t tile = 0; tile < tokens.tiles; tile++) {
-        const int64_t token0 = tile * TILE_TOKENS;
-        const int rows = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
-        for (int64_t at = 0; at < block.size; at += PANEL) {
-            typename Screen::sums c[TILE_TOKENS][2];
-            multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
-                             tokens.words, c);
-            uint32_t bits[TILE_TOKENS][2];
+void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Pending& pending, Keep& keep) {
+    const int64_t token0 = tile * TILE_TOKENS;
+    const int rows = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
+    for (int64_t at = 0; at < block.size; at += PANEL) {
+        typename Screen::sums c[TILE_TOKENS][2];
+        multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
+                         tokens.words, c);
+        uint32_t bits[TILE_TOKENS][2];
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                const int64_t j = at + half * LANES;
-                const Floats block_unit = load(block.unit.data() + j), block_bias = load(block.bias.data() + j),
-                             block_norm = load(block.norm.data() + j), block_missed = load(block.missed.data() + j);
+        for (int half = 0; half < 2; half++) {
+            const int64_t j = at + half * LANES;
+            const Floats block_unit = load(block.unit.data() + j), block_bias = load(block.bias.data() + j),
+                         block_norm = load(block.norm.data() + j), block_missed = load(block.missed.data() + j);
 #pragma GCC unroll 12
-                for (int i = 0; i < TILE_TOKENS; i++) {
-                    const int64_t token = token0 + (i < rows ? i : 0);
-                    const Floats slack = all(tokens.missed[token]) * block_norm + all(tokens.norm[token]) * block_missed;
-                    const Floats most = Screen::value(c[i][half]) * (all(tokens.unit[token]) * block_unit) + (block_bias + slack);
+            for (int i = 0; i < TILE_TOKENS; i++) {
+                const int64_t token = token0 + (i < rows ? i : 0);
+                const Floats slack = all(tokens.missed[token]) * block_norm + all(tokens.norm[token]) * block_missed;
+                const Floats most = Screen::value(c[i][half]) * (all(tokens.unit[token]) * block_unit) + (block_bias + slack);
+                if constexpr (std::is_same_v<Keep, Best>)
                     bits[i][half] = at_least(most, keep.limit(token, j));
-                }
+                else
+                    bits[i][half] = at_least(most, load(block.limits.data() + j));
             }
-            for (int i = 0; i < rows; i++)
-                for (uint64_t left = bits[i][0] | (uint64_t)bits[i][1] << LANES; left; left &= left - 1)
-                    pending.add(i, block.row[at + __builtin_ctzll(left)]);
         }
-        for (int i = 0; i < rows; i++) dots += pending.settle(problem, token0 + i, i, keep);
+        for (int i = 0; i < rows; i++)
+            for (uint64_t left = bits[i][0] | (uint64_t)bits[i][1] << LANES; left; left &= left - 1)
+                pending.add(i, block.row[at + __builtin_ctzll(left)]);
     }
+    for (int i = 0; i < rows; i++) pending.settle(problem, token0 + i, i, keep);
 }
 
-// The first block of a thread, for `Best`: nothing is known of a token yet, so scores are written down, and what is likely to be
-// enough is read off from them.
+// The first block, for `Best`: nothing is known of a token yet, so scores are written down, and what is likely to be enough is read off
+// from them.
 template <class Screen>
-void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, Pending& pending, Best& keep,
-                int64_t& dots) {
-    const int64_t padded = (block.size + PANEL - 1) / PANEL * PANEL;
+void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Pending& pending, Best& keep,
+                std::vector<float>& scores) {
+    const int64_t padded = (block.size + PANEL - 1) / PANEL * PANEL, token0 = tile * TILE_TOKENS;
     const int64_t rank = std::min(block.size, safe_rank(keep.k, (double)block.size / problem.num));
     const bool certain = rank == keep.k;
     // of the largest of each group, the rank-th is no larger than that of all scores, and there are fewer to sort
     int64_t groups = padded;
     while (groups % (2 * LANES) == 0 && groups >= 8 * rank) groups /= 2;
-    Aligned<float> scores(TILE_TOKENS * padded), best(groups);
-    for (int64_t tile = 0; tile < tokens.tiles; tile++) {
-        const int64_t token0 = tile * TILE_TOKENS;
-        const int rows = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
-        for (int64_t at = 0; at < block.size; at += PANEL) {
-            typename Screen::sums c[TILE_TOKENS][2];
-            multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
-                             tokens.words, c);
-            for (int i = 0; i < rows; i++)
-                for (int half = 0; half < 2; half++) {
-                    const int64_t j = at + half * LANES;
-                    const Floats z = Screen::value(c[i][half]) * (all(tokens.unit[token0 + i]) * load(block.unit.data() + j)) +
-                                     load(block.bias.data() + j);
-                    store(scores.data + i * padded + j, z);
-                }
-        }
-        for (int i = 0; i < rows; i++) {
-            const int64_t token = token0 + i;
-            const float* z = scores.data + i * padded;
-            const float slack = tokens.missed[token] * block.longest + tokens.norm[token] * block.worst;
-            for (int64_t j = 0; j < groups; j += LANES) {
-                Floats most = load(z + j);
-                for (int64_t other = j + groups; other < padded; other += groups) most = load(z + other) > most ? load(z + other) : most;
-                store(best.data + j, most);
+    scores.resize((TILE_TOKENS + 1) * padded);
+    float* best = scores.data() + TILE_TOKENS * padded;
+    const int rows = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
+    for (int64_t at = 0; at < block.size; at += PANEL) {
+        typename Screen::sums c[TILE_TOKENS][2];
+        multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
+                         tokens.words, c);
+#pragma GCC unroll 12
+        for (int i = 0; i < TILE_TOKENS; i++)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                const int64_t j = at + half * LANES;
+                store(scores.data() + i * padded + j,
+                      Screen::value(c[i][half]) * (all(tokens.unit[token0 + i]) * load(block.unit.data() + j)) + load(block.bias.data() + j));
             }
-            std::nth_element(best.data, best.data + rank - 1, best.data + groups, [](float a, float b) { return a > b; });
-            const float reached = best.data[rank - 1];
-            if (!certain) Limits::raise(keep.limits.guess[token], reached);
-            Limits::raise(keep.limits.limit[token], certain ? reached - slack : reached);
-            const Floats limit = all(keep.limits.limit[token].load(std::memory_order_relaxed) - slack);
-            for (int64_t at = 0; at < padded; at += LANES)
-                for (uint32_t left = at_least(load(z + at), limit); left; left &= left - 1)
-                    pending.add(i, block.row[at + __builtin_ctz(left)]);
-            dots += pending.settle(problem, token, i, keep);
+    }
+    for (int i = 0; i < rows; i++) {
+        const int64_t token = token0 + i;
+        const float* z = scores.data() + i * padded;
+        const float slack = tokens.missed[token] * block.longest + tokens.norm[token] * block.worst;
+        for (int64_t j = 0; j < groups; j += LANES) {
+            Floats most = load(z + j);
+            for (int64_t other = j + groups; other < padded; other += groups) most = load(z + other) > most ? load(z + other) : most;
+            store(best + j, most);
         }
+        std::nth_element(best, best + rank - 1, best + groups, [](float a, float b) { return a > b; });
+        if (certain)
+            keep.limits[token] = std::max(keep.limits[token], best[rank - 1] - slack);
+        else
+            keep.guess(token, best[rank - 1]);
+        const Floats limit = all(keep.limits[token] - slack);
+        for (int64_t at = 0; at < padded; at += LANES)
+            for (uint32_t left = at_least(load(z + at), limit); left; left &= left - 1)
+                pending.add(i, block.row[at + __builtin_ctz(left)]);
+        pending.settle(problem, token, i, keep);
     }
 }
 
-template <class Screen, class Keep, class Make>
-bool run(const Problem& problem, int threads, std::vector<std::unique_ptr<Keep>>& kept, Make make, const float* threshold, int64_t& dots) {
+template <class Screen, class Keep>
+bool run(const Problem& problem, int threads, Keep& keep, const float* threshold, int64_t& computed) {
     const Tokens<Screen> tokens(problem, threads);
     if (!tokens.finite) return false;
     const int64_t row_bytes = tokens.words * sizeof(typename Screen::word);
-    const int64_t most = std::max<int64_t>(PANEL, std::min<int64_t>(BLOCK_LATENTS, BLOCK_BYTES / row_bytes / PANEL * PANEL));
-    const int64_t blocks = (problem.num + most - 1) / most;
-    std::atomic<bool> finite{true};
+    const int64_t size = std::max<int64_t>(PANEL, std::min<int64_t>(BLOCK_LATENTS, BLOCK_BYTES / row_bytes / PANEL * PANEL));
+    const int64_t num_blocks = (problem.num + size - 1) / size, most = (problem.num / num_blocks + 1 + PANEL) / PANEL * PANEL;
+    std::vector<std::unique_ptr<Block<Screen>>> blocks(std::max<int64_t>(1, std::min(num_blocks, BATCH_BYTES / (most * row_bytes))));
+    bool finite = true;
     int64_t count = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : count)
     {
-        auto& keep = kept[omp_get_thread_num()];
-        keep = make();
-        Block<Screen> block((problem.num / blocks + 1 + PANEL) / PANEL * PANEL, tokens.words, problem.width);
-        Pending pending(block.most);
-        int64_t done = 0;
+        Pending pending(most, omp_get_thread_num());
+        std::vector<float> scores;
+        for (int64_t first = 0; first < num_blocks && finite; first += blocks.size()) {
+            const int64_t held = std::min<int64_t>(blocks.size(), num_blocks - first);
+            bool good = true;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t number = 0; number < blocks; number++) {
-            if (!finite.load(std::memory_order_relaxed)) continue;
-            if (!block.fill(problem, number, blocks, tokens.words, threshold)) {
-                finite.store(false);
-                continue;
+            for (int64_t i = 0; i < held; i++) {
+                if (!blocks[i]) blocks[i] = std::make_unique<Block<Screen>>(most, tokens.words, problem.width);
+                good = blocks[i]->fill(problem, first + i, num_blocks, tokens.words, threshold) && good;
             }
-            if constexpr (std::is_same_v<Keep, Above>)
-                keep->block_limits = block.limits.data();
-            else if (keep->guessing && !done++) {
-                first_pass(problem, tokens, block, pending, *keep, count);
-                continue;
+            if (!good) {
+#pragma omp atomic write
+                finite = false;
             }
-            pass(problem, tokens, block, pending, *keep, count);
-            if constexpr (std::is_same_v<Keep, Best>)
-                if (keep->guessing && (done & (done - 1)) == 0) keep->look_back((double)done / blocks);
+#pragma omp barrier
+            if (!finite) break;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t group = 0; group < tokens.tiles; group += GROUP_TILES)
+                for (int64_t i = 0; i < held; i++) {
+                    const int64_t done = first + i + 1, end = std::min(tokens.tiles, group + GROUP_TILES);
+                    for (int64_t tile = group; tile < end; tile++)
+                        if constexpr (std::is_same_v<Keep, Best>) {
+                            if (keep.guessing && done == 1)
+                                first_pass(problem, tokens, *blocks[i], tile, pending, keep, scores);
+                            else
+                                pass(problem, tokens, *blocks[i], tile, pending, keep);
+                        } else
+                            pass(problem, tokens, *blocks[i], tile, pending, keep);
+                    if constexpr (std::is_same_v<Keep, Best>)
+                        if (keep.guessing && done > 1 && (done & (done - 1)) == 0)
+                            for (int64_t token = group * TILE_TOKENS; token < std::min(problem.tokens, end * TILE_TOKENS); token++)
+                                keep.look_back(token, (double)done / num_blocks);
+                }
         }
+        count += pending.computed;
     }
-    dots += count;
-    return finite.load();
+    computed += count;
+    return finite;
 }
 
-template <class Keep, class Make>
-bool run_screened(int bits, const Problem& problem, int threads, std::vector<std::unique_ptr<Keep>>& kept, Make make,
-                  const float* threshold, int64_t& dots) {
+template <class Keep>
+bool run_screened(int bits, const Problem& problem, int threads, Keep& keep, const float* threshold, int64_t& computed) {
 #if defined(BYTES_AND_PAIRS)
-    if (bits == 8) return run<Bytes>(problem, threads, kept, make, threshold, dots);
+    if (bits == 8) return run<Bytes>(problem, threads, keep, threshold, computed);
 #endif
 #if defined(PAIRS) || defined(BYTES_AND_PAIRS)
-    if (bits == 16) return run<Pairs>(problem, threads, kept, make, threshold, dots);
+    if (bits == 16) return run<Pairs>(problem, threads, keep, threshold, computed);
 #endif
-    return run<Float32>(problem, threads, kept, make, threshold, dots);
+    return run<Float32>(problem, threads, keep, threshold, computed);
 }
 
 // The k best of every token; with `guessing`, `again` are tokens for which a guess was too high.
 bool best(const Problem& problem, int64_t k, int bits, int threads, bool guessing, float* values, int32_t* indices,
-          std::vector<int64_t>& again, int64_t& dots) {
-    Limits limits(problem.tokens);
-    std::vector<std::unique_ptr<Best>> kept(threads);
-    const auto make = [&] { return std::make_unique<Best>(problem.tokens, k, limits, guessing); };
-    if (!run_screened<Best>(bits, problem, threads, kept, make, nullptr, dots)) return false;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<Entry> all;
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < problem.tokens; token++) {
-            all.clear();
-            for (const auto& each : kept)
-                if (each) all.insert(all.end(), &each->entries[token * each->room], &each->entries[token * each->room] + each->sizes[token]);
-            const int64_t count = std::min<int64_t>(k, all.size());
-            std::partial_sort(all.begin(), all.begin() + count, all.end(), before);
-            for (int64_t j = 0; j < k; j++) {
-                values[token * k + j] = j < count ? all[j].value : 0.f;
-                indices[token * k + j] = j < count ? all[j].latent : (int32_t)problem.row(0);
-            }
-            const float guess = limits.guess[token].load(std::memory_order_relaxed);
-            if (guess > 0 && (count < k || all[k - 1].value < guess)) {
-#pragma omp critical
-                again.push_back(token);
-            }
+          std::vector<int64_t>& again, int64_t& computed) {
+    Best keep(problem.tokens, k, guessing);
+    if (!run_screened(bits, problem, threads, keep, nullptr, computed)) return false;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t token = 0; token < problem.tokens; token++) {
+        Entry* found = &keep.entries[token * keep.room];
+        const int64_t count = std::min<int64_t>(k, keep.sizes[token]);
+        std::partial_sort(found, found + count, found + keep.sizes[token], before);
+        for (int64_t j = 0; j < k; j++) {
+            values[token * k + j] = j < count ? found[j].value : 0.f;
+            indices[token * k + j] = j < count ? found[j].latent : (int32_t)problem.row(0);
         }
     }
+    for (int64_t token = 0; token < problem.tokens; token++)
+        if (keep.guesses[token] > 0 && values[token * k + k - 1] < keep.guesses[token]) again.push_back(token);
     return true;
 }
 
@@ -568,9 +560,9 @@ int saebench_screen_bits() {
 int64_t saebench_topk(const float* x, const float* w, const float* b, const float* scale, const int32_t* latents, int64_t tokens,
                       int64_t width, int64_t num, int64_t k, int bits, int threads, float* values, int32_t* indices) {
     const Problem problem{x, w, b, scale, latents, tokens, width, num};
-    int64_t dots = 0;
+    int64_t computed = 0;
     std::vector<int64_t> again;
-    const bool finite = best(problem, k, bits, threads, true, values, indices, again, dots);
+    const bool finite = best(problem, k, bits, threads, true, values, indices, again, computed);
     if (finite && !again.empty()) {
         std::vector<float> x_again(again.size() * width), values_again(again.size() * k);
         std::vector<int32_t> indices_again(again.size() * k);
@@ -579,31 +571,26 @@ int64_t saebench_topk(const float* x, const float* w, const float* b, const floa
         rest.x = x_again.data();
         rest.tokens = (int64_t)again.size();
         std::vector<int64_t> none;
-        best(rest, k, bits, threads, false, values_again.data(), indices_again.data(), none, dots);
+        best(rest, k, bits, threads, false, values_again.data(), indices_again.data(), none, computed);
         for (size_t i = 0; i < again.size(); i++) {
             std::memcpy(values + again[i] * k, &values_again[i * k], k * sizeof(float));
             std::memcpy(indices + again[i] * k, &indices_again[i * k], k * sizeof(int32_t));
         }
     }
-    return finite ? dots : -1;
+    return finite ? computed : -1;
 }
 
-struct Selection {
-    std::vector<std::unique_ptr<Above>> kept;
-};
+typedef Above Selection;
 
 // Entries above thresholds, to be fetched by `saebench_take`; fills offsets [B + 1]. Null where x, w, b are not finite.
 Selection* saebench_above(const float* x, const float* w, const float* b, const float* scale, const float* threshold, int64_t tokens,
-                          int64_t width, int64_t num, int bits, int threads, int64_t* offsets, int64_t* dots) {
+                          int64_t width, int64_t num, int bits, int threads, int64_t* offsets, int64_t* computed) {
     const Problem problem{x, w, b, scale, nullptr, tokens, width, num};
-    auto selection = std::make_unique<Selection>();
-    selection->kept.resize(threads);
-    const auto make = [&] { return std::make_unique<Above>(threshold); };
-    if (!run_screened<Above>(bits, problem, threads, selection->kept, make, threshold, *dots)) return nullptr;
+    auto selection = std::make_unique<Selection>(threshold, threads);
+    if (!run_screened(bits, problem, threads, *selection, threshold, *computed)) return nullptr;
     std::fill(offsets, offsets + tokens + 1, 0);
-    for (const auto& each : selection->kept)
-        if (each)
-            for (const auto& found : each->found) offsets[found.token + 1]++;
+    for (const auto& part : selection->found)
+        for (const auto& each : part) offsets[each.token + 1]++;
     for (int64_t token = 0; token < tokens; token++) offsets[token + 1] += offsets[token];
     return selection.release();
 }
@@ -613,9 +600,8 @@ void saebench_take(Selection* taken, int64_t tokens, const int64_t* offsets, int
     std::unique_ptr<Selection> selection(taken);
     std::vector<Entry> entries(offsets[tokens]);
     std::vector<int64_t> next(offsets, offsets + tokens);
-    for (const auto& each : selection->kept)
-        if (each)
-            for (const auto& found : each->found) entries[next[found.token]++] = found.entry;
+    for (const auto& part : selection->found)
+        for (const auto& each : part) entries[next[each.token]++] = each.entry;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < tokens; token++) {
         std::sort(entries.begin() + offsets[token], entries.begin() + offsets[token + 1],
