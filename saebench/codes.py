@@ -37,7 +37,6 @@ class LatentOrder:
         return self.tokens_N.to(torch.int32)[self.by_latent[0]]
 
 
-CROWDED = 24  # with more than one entry in so many active, dense products over blocks of tokens are faster than gathering rows
 BLOCK_BYTES = 64 << 20
 
 
@@ -137,10 +136,9 @@ class SparseCodes:
             self._order = LatentOrder(self.indices.reshape(-1), self._tokens(), self.d_sae)
         return self._order
 
-    @property
-    def crowded(self) -> bool:
-        """Whether so many entries are active that dense arithmetic pays."""
-        return self.indices.numel() * CROWDED > len(self) * self.d_sae
+    def crowded(self, one_in: int) -> bool:
+        """Whether more than one entry in so many is listed."""
+        return self.indices.numel() * one_in > len(self) * self.d_sae
 
     def blocks(self) -> Iterator[tuple[int, int, int, int]]:
         """Blocks of tokens whose dense codes fit in 64 MiB: (first token, tokens, first entry, last entry + 1)."""

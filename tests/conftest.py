@@ -11,6 +11,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # to be set before triton is first imported
+
 from helpers import SITES, small_text
 
 from saebench.activations import harvest

@@ -33,13 +33,11 @@ class _DecodeError(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         codes = codes.replaced(values.detach())
         primitives = primitives_for(W_dec_FD)
-        fused = getattr(primitives, "decode_error", None)
-        dots = None
-        if fused is not None and not codes.crowded:
-            error_BD, squares_B, dots = fused(codes, W_dec_FD, b_dec_D, y_BD)
+        if hasattr(primitives, "decode_error"):
+            error_BD, squares_B, dots = primitives.decode_error(codes, W_dec_FD, b_dec_D, y_BD)
         else:
             error_BD = primitives.decode(codes, W_dec_FD).add_(b_dec_D).sub_(y_BD)
-            squares_B = error_BD.square().sum(1)
+            squares_B, dots = error_BD.square().sum(1), None
         ctx.codes, ctx.terms = codes, collected_in(W_dec_FD)
         ctx.save_for_backward(W_dec_FD, error_BD, dots)
         ctx.set_materialize_grads(False)

@@ -30,8 +30,9 @@ def collected_in(W_FD: Tensor) -> list[Term] | None:
 def hand_over(terms: list[Term] | None, codes: SparseCodes, rows_BD: Tensor) -> Tensor | None:
     """The gradient sum over entries (token b, latent f) of value * rows[b], for every f: added to `terms`, or where there are none, or
     so many latents are active that a dense product is faster, returned [F, D]."""
-    if terms is None or codes.crowded:
-        return latent_sums(codes, rows_BD)
+    primitives = primitives_for(rows_BD)
+    if terms is None or codes.crowded(getattr(primitives, "CROWDED", 1)):
+        return primitives.sums(codes, rows_BD)
     terms.append(Term(codes, rows_BD))
     return None
 

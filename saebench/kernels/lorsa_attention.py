@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from saebench.codes import SparseCodes
-from saebench.kernels.implementations import current_implementation
+from saebench.kernels.implementations import current_implementation, primitives_for
 from saebench.kernels.stock import select_topk
 
 BLOCK_BYTES = 64 << 20
@@ -78,12 +78,35 @@ def attention_pattern(q_CGSE: Tensor, k_CGSE: Tensor, rule: AttentionRule) -> Te
 def attend(q_CGSE: Tensor, k_CGSE: Tensor, v_CGSH: Tensor, rule: AttentionRule) -> Tensor:
     """What every head of every group gathers: pattern @ v [C, G, S, H], without the pattern where the machine has a way."""
     size = q_CGSE.shape[-2]
-    if rule.soft_cap is not None or current_implementation() == "reference":
+    if current_implementation() == "reference":
         return attention_pattern(q_CGSE, k_CGSE, rule) @ v_CGSH
-    if rule.window is None or rule.window >= size:
+    if rule.soft_cap is None and (rule.window is None or rule.window >= size):
         return scaled_dot_product_attention(q_CGSE, k_CGSE, v_CGSH, is_causal=True, scale=rule.scale)
+    primitives = primitives_for(q_CGSE)
+    if hasattr(primitives, "attention"):  # no library does these without the pattern
+        return _Fused.apply(q_CGSE, k_CGSE, v_CGSH, rule, primitives)
+    if rule.soft_cap is not None:
+        return attention_pattern(q_CGSE, k_CGSE, rule) @ v_CGSH
     visible_SS = _visible(size, rule.window, q_CGSE.device)
     return scaled_dot_product_attention(q_CGSE, k_CGSE, v_CGSH, attn_mask=visible_SS, scale=rule.scale)
+
+
+class _Fused(torch.autograd.Function):
+    """Attention by an implementation's own kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, q_CGSE: Tensor, k_CGSE: Tensor, v_CGSH: Tensor, rule: AttentionRule, primitives: Any) -> Tensor:
+        z_CGSH, lse_CGS = primitives.attention(q_CGSE, k_CGSE, v_CGSH, rule.scale, rule.soft_cap, rule.window)
+        ctx.save_for_backward(q_CGSE, k_CGSE, v_CGSH, lse_CGS, z_CGSH)
+        ctx.rule, ctx.primitives = rule, primitives
+        return z_CGSH.to(v_CGSH.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_CGSH: Tensor) -> tuple[Tensor | None, ...]:
+        rule: AttentionRule = ctx.rule
+        settings = (rule.scale, rule.soft_cap, rule.window)
+        grads = ctx.primitives.attention_gradients(*ctx.saved_tensors, grad_CGSH, *settings)
+        return *(grad.to(t.dtype) for grad, t in zip(grads, ctx.saved_tensors, strict=False)), None, None
 
 
 def _visible(size: int, window: int | None, device: torch.device) -> Tensor:

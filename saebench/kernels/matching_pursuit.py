@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saebench.kernels.implementations import current_implementation
+from saebench.kernels.implementations import current_implementation, primitives_for
 
 BLOCK_BYTES = (
     2 << 20
@@ -103,6 +103,9 @@ def _gram_pays(tokens: int, steps: int, atoms_FD: Tensor) -> bool:
 
 
 def _search(x_BD: Tensor, atoms_FD: Tensor, steps: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    primitives = primitives_for(x_BD)
+    if hasattr(primitives, "pursue"):
+        return primitives.pursue(x_BD, atoms_FD, steps, tolerance)
     num = len(atoms_FD)
     gram_FF = atoms_FD @ atoms_FD.T if _gram_pays(len(x_BD), steps, atoms_FD) else None
     block = max(1, (BLOCK_BYTES_GPU if x_BD.is_cuda else BLOCK_BYTES) // (num * x_BD.element_size()))

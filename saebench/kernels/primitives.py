@@ -91,3 +91,31 @@ class Primitives(Protocol):
         `factor` (0-dim, on the device), take Adam's step, with `unit` scale the row to length 1 (methods.md K12). Rows without
         entries take their step too. The gradient is never stored. May return what `gradient_square` would have."""
         ...
+
+
+class Fused(Primitives, Protocol):
+    """What an implementation may offer besides; operations ask for each by name."""
+
+    CROWDED: int
+    """With more than one entry in so many active, the gradient of a matrix is summed at once by dense products."""
+
+    def decode_error(
+        self, codes: SparseCodes, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """bias + decode(codes) - y [B, D], its squared length [B], and perhaps its `dots` with the rows of the entries."""
+        ...
+
+    def gradient_bound(self, W_FD: Tensor, gradient: Gradient) -> float:
+        """An upper bound of `gradient_square` that costs little; where it is offered, `update` returns the square itself."""
+        ...
+
+    def attention(
+        self, q_CGSE: Tensor, k_CGSE: Tensor, v_CGSH: Tensor, scale: float, soft_cap: float | None, window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention [C, G, S, H] without its pattern, and the logarithm of each position's weights' sum [C, G, S];
+        `attention_gradients` is its way back (lorsa_attention.py)."""
+        ...
+
+    def pursue(self, x_BD: Tensor, atoms_FD: Tensor, steps: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All steps of matching pursuit: atoms, coefficients and norms [B, T], and what is left [B, D] (matching_pursuit.py)."""
+        ...

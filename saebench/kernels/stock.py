@@ -15,6 +15,7 @@ from saebench.kernels.latent_order import latent_order
 from saebench.kernels.primitives import AdamRule, Gradient
 from saebench.kernels.scores import score_blocks
 
+CROWDED = 24  # with more than one entry in so many active, dense products over blocks of tokens are faster than gathering rows
 ROWS_AT_ONCE = 512  # of a large matrix, so that what lies between two operations stays in the cache
 
 
@@ -65,7 +66,7 @@ def above(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, thres
 
 
 def decode(codes: SparseCodes, W_FD: Tensor) -> Tensor:
-    if codes.crowded:
+    if codes.crowded(CROWDED):
         out_BD = W_FD.new_empty(len(codes), W_FD.shape[1])
         for start, dense_bF in codes.dense_blocks():
             torch.mm(dense_bF, W_FD, out=out_BD[start : start + len(dense_bF)])
@@ -76,7 +77,7 @@ def decode(codes: SparseCodes, W_FD: Tensor) -> Tensor:
 
 
 def dots(codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
-    if codes.crowded:
+    if codes.crowded(CROWDED):
         at = codes.indices.reshape(-1)
         found = rows_BD.new_empty(len(at))
         for start, count, first, last in codes.blocks():
@@ -95,7 +96,7 @@ def by_latent(indices_N: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
 
 
 def sums(codes: SparseCodes, rows_BD: Tensor) -> Tensor:
-    if codes.crowded:
+    if codes.crowded(CROWDED):
         total_FD = rows_BD.new_zeros(codes.d_sae, rows_BD.shape[1])
         for start, dense_bF in codes.dense_blocks():
             total_FD.addmm_(dense_bF.T, rows_BD[start : start + len(dense_bF)])

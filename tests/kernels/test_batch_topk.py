@@ -178,7 +178,7 @@ def test_sparse_and_crowded_codes_decode_alike(kept):
     dense = torch.where(torch.rand(40, 50, generator=generator) < kept, dense, 0.0)
     dense[7] = 0
     codes = SparseCodes.from_dense(dense)
-    assert codes.crowded == (len(codes.values) * 24 > dense.numel())
+    assert codes.crowded(24) == (len(codes.values) * 24 > dense.numel())
     W = torch.randn(50, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     values = codes.values.clone().requires_grad_()
     x_hat = sparse_decode(codes.replaced(values), W)

@@ -1,6 +1,8 @@
 """The compiled kernels beside dense float64 algebra, at shapes that divide nothing and on data that kernels trip over."""
 
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from torch.optim import Adam as TorchAdam
 from saebench.codes import SparseCodes
 from saebench.errors import NotFinite, UserError
 from saebench.kernels import decode_error, encode_above, encode_jumprelu, encode_topk, sparse_decode, stock, use_implementation
+from saebench.kernels.cpu import build
 from saebench.kernels.implementations import primitives_for
 from saebench.kernels.primitives import AdamRule, Gradient, Term
 
@@ -319,3 +322,24 @@ def test_a_failing_build_leaves_nothing_and_is_named(tmp_path):
 def test_an_order_that_cannot_be_followed_is_refused():
     with use_implementation("cpu"), pytest.raises(UserError, match=r"cpu kernels were ordered .* do not serve torch.float64"):
         encode_topk(draw(3, 4).double(), draw(50, 4).double(), torch.zeros(50).double(), None, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of these processors are Intel's and AMD's")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
+    """Vectors of 4 and 8 numbers instead of 16, and screens of 32 and 16 bits."""
+    build.compile_to(tmp_path / "kernels.so", build.find_compiler(), [*build.FLAGS, f"-march={processor}"])
+    monkeypatch.setattr(cpu, "load", lambda: ctypes.CDLL(str(tmp_path / "kernels.so")))
+    older = cpu.library.__wrapped__()
+    monkeypatch.setattr(cpu, "library", lambda: older)
+    monkeypatch.setattr(cpu, "_bits", {})
+    assert cpu.screen_bits() == (32 if processor == "x86-64" else 16)
+    for shape in SHAPES:
+        tokens, d_in, d_sae, k = shape
+        x, W, b = draw(tokens, d_in), draw(d_sae, d_in, seed=1), 0.3 * draw(d_sae, seed=2)
+        expected = expected_topk(x, W, b, None, k)
+        assert_same_selection(cpu.topk(x, W, b, None, k, None), expected, expected[2], k)
+    test_update_is_torchs_adam_on_the_summed_gradient("ragged", True)
+    for kind in ("topk", "jumprelu"):
+        test_whole_operations_equal_the_dense_reference_in_float64(kind)

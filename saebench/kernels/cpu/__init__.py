@@ -19,6 +19,7 @@ from saebench.kernels.cpu.build import load
 from saebench.kernels.latent_order import latent_order
 from saebench.kernels.primitives import AdamRule, Gradient, Term
 
+CROWDED = 6  # with more than one entry in so many active, dense products are faster than gathering rows
 MANY = 8  # with more than one latent in so many kept, sorting all scores of a token is faster than keeping the best
 WASTEFUL = 1 / 12  # share of all scores that the screen let through, above which more bits are worth their time
 RETRY = 200  # calls after which fewer bits are tried again
@@ -102,17 +103,19 @@ def above(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, thres
 
 
 def decode(codes: SparseCodes, W_FD: Tensor) -> Tensor:
-    if codes.crowded:
+    if codes.crowded(CROWDED):
         return stock.decode(codes, W_FD)
     W_FD = W_FD.contiguous()
     out_BD = torch.empty(len(codes), W_FD.shape[1])
-    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
+    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1], len(W_FD)))
     library().saebench_decode(*_entries(codes), _at(W_FD), *sizes, torch.get_num_threads(), _at(out_BD))
     return out_BD
 
 
-def decode_error(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """bias + decode(codes) - y [B, D], its squared length [B], and its dots with the rows of the entries, in the shape of the values."""
+def decode_error(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    if codes.crowded(CROWDED):
+        error_BD = stock.decode(codes, W_FD).add_(bias_D).sub_(y_BD)
+        return error_BD, error_BD.square().sum(1), None
     W_FD, bias_D, y_BD = W_FD.contiguous(), bias_D.contiguous(), y_BD.contiguous()
     error_BD, squares_B, found = torch.empty_like(y_BD), torch.empty(len(codes)), torch.empty_like(codes.values)
     sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
@@ -127,7 +130,7 @@ def decode_error(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor)
 
 
 def dots(codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
-    if codes.crowded:
+    if codes.crowded(CROWDED):
         return stock.dots(codes, rows_BD, W_FD)
     rows_BD, W_FD = rows_BD.contiguous(), W_FD.contiguous()
     out = torch.empty(codes.values.shape)
@@ -145,7 +148,7 @@ def by_latent(indices_N: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
 
 
 def sums(codes: SparseCodes, rows_BD: Tensor) -> Tensor:
-    if codes.crowded:
+    if codes.crowded(CROWDED):
         return stock.sums(codes, rows_BD)
     terms, _kept = _terms([Term(codes, rows_BD)])
     out_FD = torch.empty(codes.d_sae, rows_BD.shape[1])

@@ -41,6 +41,26 @@ struct Gather {
     }
 };
 
+constexpr int64_t STRIP = 4 * LANES;         // columns whose sums stay in registers
+constexpr int64_t STRIP_BYTES = 1280 << 10;  // of all rows within a strip: about the second-level cache, where rows that many tokens share stay
+
+// Some tokens' sums within a strip of columns.
+void decode_strip(const Entries& entries, int64_t first, int64_t last, const float* w, int64_t width, float* out) {
+    for (int64_t t = first; t < last; t++) {
+        Floats s0{}, s1{}, s2{}, s3{};
+        for (int64_t e = entries.begin(t); e < entries.end(t); e++) {
+            const float* row = w + entries.indices[e] * width;
+            const Floats v = all(entries.values[e]);
+            s0 += v * load(row);
+            s1 += v * load(row + LANES);
+            s2 += v * load(row + 2 * LANES);
+            s3 += v * load(row + 3 * LANES);
+        }
+        float* to = out + t * width;
+        store(to, s0), store(to + LANES, s1), store(to + 2 * LANES, s2), store(to + 3 * LANES, s3);
+    }
+}
+
 // One token's products with the rows of all its entries; an entry of value 0 may stand for a window that wants its gradient.
 void products(const Entries& entries, int64_t token, const float* row, const float* w, int64_t width, float* out) {
     int64_t e = entries.begin(token);
@@ -57,8 +77,16 @@ void products(const Entries& entries, int64_t token, const float* row, const flo
 extern "C" {
 
 void saebench_decode(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* w, int64_t tokens,
-                     int64_t width, int threads, float* out) {
+                     int64_t width, int64_t d_sae, int threads, float* out) {
     const Entries entries{indices, values, offsets, k};
+    if (width % STRIP == 0 && d_sae * STRIP * (int64_t)sizeof(float) <= STRIP_BYTES && tokens * threads > d_sae) {
+        const int64_t chunk = (tokens + threads - 1) / threads;  // a thread stays in one strip as long as it can
+#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
+        for (int64_t column = 0; column < width; column += STRIP)
+            for (int64_t first = 0; first < tokens; first += chunk)
+                decode_strip(entries, first, std::min(tokens, first + chunk), w + column, width, out + column);
+        return;
+    }
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
         float* y = out + t * width;

@@ -1,0 +1,141 @@
+// The three ways to screen scores: what is multiplied, in which units, and what rounding leaves out.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+
+#include "simd.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define BYTES_AND_PAIRS 1
+static inline Ints step8(Ints c, Ints a, Ints b) { return (Ints)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
+static inline Ints step16(Ints c, Ints a, Ints b) { return (Ints)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b); }
+#elif defined(__AVX512BW__)
+#define PAIRS 1
+static inline Ints step16(Ints c, Ints a, Ints b) { return c + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#elif defined(__AVXVNNI__) && defined(__AVX2__)
+#define BYTES_AND_PAIRS 1
+static inline Ints step8(Ints c, Ints a, Ints b) { return (Ints)_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b); }
+static inline Ints step16(Ints c, Ints a, Ints b) { return (Ints)_mm256_dpwssd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b); }
+#elif defined(__AVX2__)
+#define PAIRS 1
+static inline Ints step16(Ints c, Ints a, Ints b) { return c + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#endif
+
+struct Float32 {
+    typedef float word;  // one element
+    typedef Floats sums;
+    typedef float element;
+    static constexpr bool EXACT = true, SHIFTED = false;
+    static sums step(sums c, word a, const word* b) { return c + all(a) * load(b); }
+    static Floats value(sums c) { return c; }
+    static float unit(float, float) { return 1.f; }
+};
+
+#if defined(PAIRS) || defined(BYTES_AND_PAIRS)
+struct Pairs {
+    typedef int32_t word;  // two elements of 16 bits
+    typedef Ints sums;
+    typedef int16_t element;
+    static constexpr bool EXACT = false, SHIFTED = false;
+    static sums step(sums c, word a, const word* b) { return step16(c, all(a), load(b)); }
+    static Floats value(sums c) { return to_floats(c); }
+    // short enough that no sum of products, which is at most |x~| |w~|, leaves 32 bits
+    static float unit(float largest, float norm) { return std::max(largest / 32767, norm / 46300); }
+};
+#endif
+#if defined(BYTES_AND_PAIRS)
+struct Bytes {
+    typedef int32_t word;  // four elements of 8 bits
+    typedef Ints sums;
+    typedef int8_t element;
+    // the instruction wants one factor without a sign: 128 is added to tokens, and what that adds to a sum is where the sum starts
+    static constexpr bool EXACT = false, SHIFTED = true;
+    static sums step(sums c, word a, const word* b) { return step8(c, all(a), load(b)); }
+    static Floats value(sums c) { return to_floats(c); }
+    static float unit(float largest, float) { return largest / 127; }
+};
+#endif
+
+template <class Screen>
+constexpr int PER_WORD = sizeof(typename Screen::word) / sizeof(typename Screen::element);
+
+struct Row {
+    float unit, norm, missed;  // value of 1 in the packed form, length, length of what rounding left out
+    int32_t total;             // sum of the packed elements
+    bool finite;
+};
+
+struct Size {
+    float largest, norm;
+};
+
+static Size measure(const float* row, int64_t width) {
+    Floats squares{}, high{}, low{};
+    int64_t p = 0;
+    for (; p + LANES <= width; p += LANES) {
+        const Floats v = load(row + p);
+        squares += v * v;
+        high = v > high ? v : high;
+        low = v < low ? v : low;
+    }
+    float total = sum(squares), largest = 0;
+    for (int i = 0; i < LANES; i++) largest = std::max({largest, high[i], -low[i]});
+    for (; p < width; p++) {
+        total += row[p] * row[p];
+        largest = std::max(largest, std::fabs(row[p]));
+    }
+    if (std::isfinite(total) && total > 1e-30f) return {largest, std::sqrt(total) * 1.0001f};
+    double exact = 0;  // squares beyond what float32 holds, or NaN
+    for (p = 0; p < width; p++) exact += (double)row[p] * row[p];
+    return {largest, (float)std::sqrt(exact) * 1.0001f};
+}
+
+// One row into words that lie `stride` apart; `scratch` holds a row, padded to whole vectors.
+template <class Screen>
+Row pack(const float* row, int64_t width, typename Screen::word* to, int64_t stride, typename Screen::element* scratch, bool token) {
+    typedef typename Screen::element element;
+    const int64_t words = (width + PER_WORD<Screen> - 1) / PER_WORD<Screen>;
+    const auto [largest, norm] = measure(row, width);
+    Row made{1.f, norm, 0.f, 0, std::isfinite(norm)};
+    if (!made.finite) return made;
+    if constexpr (Screen::EXACT) {
+        for (int64_t g = 0; g < words; g++) to[g * stride] = row[g];
+        return made;
+    } else {
+        const bool tiny = norm < 1e-30f;  // rounded to zero, which the bound knows
+        made.unit = tiny ? 1.f : Screen::unit(largest, norm);
+        const float per_unit = tiny ? 0.f : 1.f / made.unit;
+        constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+        Floats squares{};
+        Ints totals{};
+        int64_t p = 0;
+        typedef element Elements __attribute__((vector_size(LANES * sizeof(element))));
+        for (; p + LANES <= width; p += LANES) {
+            const Floats scaled = load(row + p) * all(per_unit), rounded = (scaled + all(ROUND)) - all(ROUND);
+            squares += (scaled - rounded) * (scaled - rounded);
+            const Ints q = __builtin_convertvector(rounded, Ints);
+            totals += q;
+            const Elements narrow = __builtin_convertvector(q, Elements);
+            std::memcpy(scratch + p, &narrow, sizeof narrow);
+        }
+        float missed = sum(squares);
+        for (int i = 0; i < LANES; i++) made.total += totals[i];
+        for (; p < width; p++) {
+            const float scaled = row[p] * per_unit, rounded = std::nearbyint(scaled);
+            missed += (scaled - rounded) * (scaled - rounded);
+            made.total += (int)rounded;
+            scratch[p] = (element)rounded;
+        }
+        for (; p < words * PER_WORD<Screen>; p++) scratch[p] = 0;
+        made.missed = tiny ? norm : std::sqrt(missed) * made.unit * 1.001f;
+        const int32_t shift = Screen::SHIFTED && token ? (int32_t)0x80808080 : 0;
+        for (int64_t g = 0; g < words; g++) {
+            int32_t word;
+            std::memcpy(&word, (const char*)scratch + 4 * g, 4);
+            to[g * stride] = word ^ shift;
+        }
+        return made;
+    }
+}
