@@ -113,9 +113,9 @@ class Weights:
         norm_F1 = self.norm_F[:, None]
         return Weights(self.W_enc_FD * norm_F1, self.b_enc_F * self.norm_F, self.W_dec_FD / norm_F1)
 
-    def decode(self, codes: SparseCodes) -> Tensor:
-        """[B, D], without b_dec."""
-        return sparse_decode(self.unscaled(codes), self.W_dec_FD)
+    def decode(self, codes: SparseCodes, b_dec_D: Tensor | None = None) -> Tensor:
+        """What the codes stand for, [B, D], plus b_dec."""
+        return sparse_decode(self.unscaled(codes), self.W_dec_FD, b_dec_D)
 
 
 @dataclass
@@ -205,14 +205,14 @@ class SparseAutoencoder(Dictionary):
         return self.select(x_BD, self.weights())
 
     def decode(self, codes: SparseCodes) -> Tensor:
-        return self.weights().decode(codes) + self.b_dec
+        return self.weights().decode(codes, self.b_dec)
 
     def reconstruct(self, x_BD: Tensor, codes: SparseCodes) -> Tensor:
         return self.write(codes, self.weights(), x_BD)
 
     def write(self, codes: SparseCodes, weights: Weights, x_BD: Tensor) -> Tensor:
         """What the codes, and the bypass if there is one, say of the target: [B, D]."""
-        y_hat_BD = weights.decode(codes) + self.b_dec
+        y_hat_BD = weights.decode(codes, self.b_dec)
         bypass_BD = self.bypass(weights, x_BD)
         return y_hat_BD if bypass_BD is None else y_hat_BD + bypass_BD
 

@@ -119,11 +119,12 @@ def gradient_square(W_FD: Tensor, gradient: Gradient, unit: bool) -> Tensor:
 
 def update(W_FD: Tensor, m_FD: Tensor, v_FD: Tensor, gradient: Gradient, unit: bool, rule: AdamRule, factor: Tensor) -> None:
     total_FD = _summed(W_FD, gradient, unit).mul_(factor)
+    wide_FD = m_FD.to(v_FD.dtype)  # m itself where the types are the same
     step = torch.tensor(float(rule.step - 1), device=W_FD.device)  # adam counts it up
     adam(
         [W_FD],
         [total_FD],
-        [m_FD],
+        [wide_FD],
         [v_FD],
         [],
         [step],
@@ -136,6 +137,8 @@ def update(W_FD: Tensor, m_FD: Tensor, v_FD: Tensor, gradient: Gradient, unit: b
         eps=rule.eps,
         maximize=False,
     )
+    if wide_FD is not m_FD:
+        m_FD.copy_(wide_FD)
     if unit:
         for rows in W_FD.split(ROWS_AT_ONCE):
             rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)

@@ -31,6 +31,8 @@ class TrainConfig(Config):
     """Adam's averaging constants; default those that suit the architecture."""
     eps: float = Field(default=6.25e-10, gt=0)
     """Adam's epsilon."""
+    momentum: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the running mean of a matrix' gradient is kept in: 2 bytes a weight less, and no difference in what is learned."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; longer ones are scaled down."""
     dead_after: int | None = Field(default=None, gt=0)

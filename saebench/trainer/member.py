@@ -31,7 +31,7 @@ class Member:
         self.seed = training.seed if config.seed is None else config.seed
         self.mean_D = write(mean_D.float())
         betas = training.betas or config.betas
-        self.optimiser = Adam(dictionary, betas, training.eps, training.clip)
+        self.optimiser = Adam(dictionary, betas, training.eps, training.clip, getattr(torch, training.momentum))
         self.silent_F = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # tokens since it last fired
         self._resampled_at: int | None = None
         self._sums: dict[str, Tensor] = {}

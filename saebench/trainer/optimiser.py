@@ -24,10 +24,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Matrix:
     """One parameter as rows [F, D], its moments, and where its gradient comes from."""
 
-    def __init__(self, parameter: nn.Parameter, unit: bool):
+    def __init__(self, parameter: nn.Parameter, unit: bool, momentum: torch.dtype):
         self.parameter, self.unit = parameter, unit
         self.rows = parameter.data.flatten(1) if parameter.ndim > 1 else parameter.data.view(1, -1)
-        self.moments = [torch.zeros_like(parameter, memory_format=torch.contiguous_format) for _ in MOMENTS]
+        first = momentum if parameter.ndim > 1 and parameter.dtype == torch.float32 else parameter.dtype
+        self.moments = [torch.zeros(parameter.shape, dtype=dtype, device=parameter.device) for dtype in (first, parameter.dtype)]
         self.terms: list[Term] = collect(parameter) if parameter.ndim == 2 else []
         self.step = 0
 
@@ -47,11 +48,21 @@ class _Matrix:
 class Adam:
     """The optimiser of one dictionary."""
 
-    def __init__(self, dictionary: Dictionary, betas: tuple[float, float], eps: float, clip: float):
-        """`clip` is the largest norm of the gradient of all parameters together; longer ones are scaled down to it."""
+    def __init__(
+        self,
+        dictionary: Dictionary,
+        betas: tuple[float, float],
+        eps: float,
+        clip: float,
+        momentum: torch.dtype = torch.float32,
+    ):
+        """`clip` is the largest norm of the gradient of all parameters together; longer ones are scaled down to it. `momentum` is the type
+        in which the running mean of a matrix' gradient is kept; the step is taken before it is rounded."""
         self.betas, self.eps, self.clip = betas, eps, clip
         unit = {id(W) for W in dictionary.unit_rows()}
-        self._matrices = {name: _Matrix(p, id(p) in unit) for name, p in dictionary.named_parameters() if p.requires_grad}
+        self._matrices = {
+            name: _Matrix(p, id(p) in unit, momentum) for name, p in dictionary.named_parameters() if p.requires_grad
+        }
 
     def forget_gradients(self) -> None:
         """To be called before a backward pass."""

@@ -194,7 +194,9 @@ def _latents(
     dense_FD = None if gradient.dense_FD is None else gradient.dense_FD.contiguous()
     corrections = (1 - beta**rule.step for beta in rule.betas)
     squares = library().saebench_latents(
-        *map(_at, (W_FD, m_FD, v_FD)),
+        _at(W_FD),
+        *(_at(m_FD if m_FD is not None and m_FD.dtype == dtype else None) for dtype in (torch.float32, torch.bfloat16)),
+        _at(v_FD),
         terms,
         len(gradient.terms),
         _at(dense_FD),

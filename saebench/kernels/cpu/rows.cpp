@@ -41,23 +41,26 @@ struct Gather {
     }
 };
 
-constexpr int64_t STRIP = 4 * LANES;         // columns whose sums stay in registers
-constexpr int64_t STRIP_BYTES = 1280 << 10;  // of all rows within a strip: about the second-level cache, where rows that many tokens share stay
+constexpr int64_t STRIP = 2 * LANES;        // columns whose sums stay in registers
+constexpr int64_t STRIP_BYTES = 768 << 10;  // of all rows within a strip: they stay in the second-level cache
 
 // Some tokens' sums within a strip of columns.
 void decode_strip(const Entries& entries, int64_t first, int64_t last, const float* w, int64_t width, float* out) {
     for (int64_t t = first; t < last; t++) {
-        Floats s0{}, s1{}, s2{}, s3{};
-        for (int64_t e = entries.begin(t); e < entries.end(t); e++) {
-            const float* row = w + entries.indices[e] * width;
-            const Floats v = all(entries.values[e]);
-            s0 += v * load(row);
-            s1 += v * load(row + LANES);
-            s2 += v * load(row + 2 * LANES);
-            s3 += v * load(row + 3 * LANES);
+        Floats even0{}, even1{}, odd0{}, odd1{};  // entries in turns, so that sums do not wait for each other
+        int64_t e = entries.begin(t);
+        for (const int64_t end = entries.end(t) - 1; e < end; e += 2) {
+            const float *row0 = w + entries.indices[e] * width, *row1 = w + entries.indices[e + 1] * width;
+            const Floats v0 = all(entries.values[e]), v1 = all(entries.values[e + 1]);
+            even0 += v0 * load(row0), even1 += v0 * load(row0 + LANES);
+            odd0 += v1 * load(row1), odd1 += v1 * load(row1 + LANES);
         }
-        float* to = out + t * width;
-        store(to, s0), store(to + LANES, s1), store(to + 2 * LANES, s2), store(to + 3 * LANES, s3);
+        if (e < entries.end(t)) {
+            const float* row = w + entries.indices[e] * width;
+            even0 += all(entries.values[e]) * load(row), even1 += all(entries.values[e]) * load(row + LANES);
+        }
+        store(out + t * width, even0 + odd0);
+        store(out + t * width + LANES, even1 + odd1);
     }
 }
 
@@ -83,8 +86,8 @@ void saebench_decode(const int32_t* indices, const float* values, const int64_t*
         const int64_t chunk = (tokens + threads - 1) / threads;  // a thread stays in one strip as long as it can
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
         for (int64_t column = 0; column < width; column += STRIP)
-            for (int64_t first = 0; first < tokens; first += chunk)
-                decode_strip(entries, first, std::min(tokens, first + chunk), w + column, width, out + column);
+            for (int64_t at = 0; at < tokens; at += chunk)
+                decode_strip(entries, at, std::min(tokens, at + chunk), w + column, width, out + column);
         return;
     }
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
@@ -196,13 +199,36 @@ double saebench_gradient_bound(const Term* terms, int32_t num_terms, const float
     return total;
 }
 
-// One pass over the latents. With `m`: Adam's step, in place. Returns the sum of squares of the gradient (before `factor`): by latent
+static inline float widened(uint16_t bits) {
+    const uint32_t all = (uint32_t)bits << 16;
+    float x;
+    std::memcpy(&x, &all, 4);
+    return x;
+}
+
+static inline uint16_t rounded(float x) {  // to the nearest bfloat16, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+struct Step {
+    float size, beta1, beta2, less1, less2, per_root, eps;
+    float operator()(float& m, float& v, float g) const {
+        m = beta1 * m + less1 * g;
+        v = beta2 * v + less2 * (g * g);
+        return size * m / (std::sqrt(v) * per_root + eps);
+    }
+};
+
+// One pass over the latents. With `m`, or `m16` in bfloat16: Adam's step, in place. Returns the sum of squares of the gradient (before `factor`): by latent
 // first, then in order of the latents, so that threads do not change it.
-double saebench_latents(float* w, float* m, float* v, const Term* terms, int32_t num_terms, const float* dense, const float* own,
+double saebench_latents(float* w, float* m, uint16_t* m16, float* v, const Term* terms, int32_t num_terms, const float* dense, const float* own,
                         int64_t d_sae, int64_t width, int unit, float factor, float lr, float beta1, float beta2, float eps,
                         double correction1, double correction2, int threads) {
     const Gradient gradient{terms, num_terms, dense, own, width};
-    const float step = (float)(lr / correction1), per_root = (float)(1 / std::sqrt(correction2));
+    const Step step{(float)(lr / correction1), beta1, beta2, (1 - beta1) * factor, (1 - beta2) * factor * factor,
+                    (float)(1 / std::sqrt(correction2)), eps};
     std::vector<float> squares(d_sae);
 #pragma omp parallel num_threads(threads)
     {
@@ -216,13 +242,18 @@ double saebench_latents(float* w, float* m, float* v, const Term* terms, int32_t
                 if (unit) remove_along(g, w_row, width);
                 squares[f] = dot(g, g, width);
             }
-            if (!m) continue;
-            float *__restrict m_row = m + f * width, *__restrict v_row = v + f * width;
-            const float one_less1 = (1 - beta1) * factor, one_less2 = (1 - beta2) * factor * factor;
-            for (int64_t p = 0; p < width; p++) {
-                m_row[p] = beta1 * m_row[p] + one_less1 * g[p];
-                v_row[p] = beta2 * v_row[p] + one_less2 * (g[p] * g[p]);
-                w_row[p] -= step * m_row[p] / (std::sqrt(v_row[p]) * per_root + eps);
+            if (!v) continue;
+            float* __restrict v_row = v + f * width;
+            if (m) {
+                float* __restrict m_row = m + f * width;
+                for (int64_t p = 0; p < width; p++) w_row[p] -= step(m_row[p], v_row[p], g[p]);
+            } else {
+                uint16_t* __restrict m_row = m16 + f * width;
+                for (int64_t p = 0; p < width; p++) {
+                    float now = widened(m_row[p]);
+                    w_row[p] -= step(now, v_row[p], g[p]);
+                    m_row[p] = rounded(now);
+                }
             }
             if (unit) {
                 const float length = std::max(std::sqrt(dot(w_row, w_row, width)), 1e-12f);
