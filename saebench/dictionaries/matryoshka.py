@@ -21,7 +21,7 @@ from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.batchtopk import BatchTopK, BatchTopKDictionary
 from saebench.dictionaries.sae import Fit, Weights
-from saebench.kernels import encode_topk, sparse_decode
+from saebench.kernels import encode_topk, prefix_errors, sparse_decode
 
 PARETO = 0.5
 
@@ -79,17 +79,14 @@ class MatryoshkaDictionary(BatchTopKDictionary):
         codes = self.select_batch(batch.x, weights)
         sizes = self.drawn_sizes(batch) if self.config.random_prefixes else self.config.group_sizes
         bypass_BD = self.bypass(weights, batch.x)
-        error_BD = self.b_dec - batch.y if bypass_BD is None else self.b_dec + bypass_BD - batch.y
-        losses = [error_BD.square().sum(1).mean()]
-        for part_BD in decode_groups(weights.unscaled(codes), weights.W_dec_FD, sizes):
-            error_BD = error_BD + part_BD
-            squares_B = error_BD.square().sum(1)
-            losses.append(squares_B.mean())
+        first_BD = self.b_dec - batch.y if bypass_BD is None else self.b_dec + bypass_BD - batch.y
+        losses_G, error_BD, squares_B = prefix_errors(first_BD, decode_groups(weights.unscaled(codes), weights.W_dec_FD, sizes))
         parts = {} if self.config.rule == "topk" else self.follow(codes, batch)
         if not self.config.random_prefixes:
             scale = batch.y.shape[1] * self.variance
-            parts |= {f"prefix_{end}": loss.detach() / scale for end, loss in zip(accumulate(sizes), losses[1:], strict=True)}
-        return Fit(codes, error_BD, squares_B, torch.stack(losses).mean(), parts)
+            shares_G = losses_G.detach()[1:] / scale
+            parts |= {f"prefix_{end}": share for end, share in zip(accumulate(sizes), shares_G, strict=True)}
+        return Fit(codes, error_BD, squares_B, losses_G.mean(), parts)
 
     def drawn_sizes(self, batch: TrainingBatch) -> list[int]:
         """Group sizes of this step's prefixes: lengths l with P(l <= n) proportional to 1 - n ** -0.5, each once, and the whole."""

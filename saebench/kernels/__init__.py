@@ -13,6 +13,7 @@ from saebench.kernels.encode_topk import encode_topk
 from saebench.kernels.entries import with_gradient
 from saebench.kernels.implementations import current_implementation, use_implementation
 from saebench.kernels.matching_pursuit import matching_pursuit
+from saebench.kernels.prefix_errors import prefix_errors
 from saebench.kernels.proximal_step import proximal_step
 from saebench.kernels.sparse_decode import gathered_dot, sparse_decode
 
@@ -23,6 +24,7 @@ __all__ = [
     "encode_jumprelu",
     "with_gradient",
     "matching_pursuit",
+    "prefix_errors",
     "proximal_step",
     "sparse_decode",
     "decode_error",

@@ -88,8 +88,9 @@ class Primitives(Protocol):
         self, W_FD: Tensor, m_FD: Tensor, v_FD: Tensor, gradient: Gradient, unit: bool, rule: AdamRule, factor: Tensor
     ) -> Tensor | None:
         """One pass over the latents, in place: sum the gradient of a row, with `unit` remove its component along the row, multiply by
-        `factor` (0-dim, on the device), take Adam's step (m may be bfloat16, the step itself is not rounded), with `unit` scale the row to length 1 (methods.md K12). Rows without
-        entries take their step too. The gradient is never stored. May return what `gradient_square` would have."""
+        `factor` (0-dim, on the device), take Adam's step (m may be bfloat16; the step is taken before it is rounded), with `unit` scale
+        the row to length 1 (methods.md K12). Rows without entries take their step too. The gradient is never stored. May return what
+        `gradient_square` would have."""
         ...
 
 
