@@ -20,6 +20,7 @@ from saebench.trainer.loop import fit_to_source, sample_contexts, sample_tokens
 
 BARE_PROCESS = 600 << 20  # Python, torch and transformers with nothing loaded
 FLOAT = 4
+TRAINED, FINISHED = 10, 14  # bytes a parameter: itself, Adam's moments in 2 and 4 bytes; at the end the finished copy besides
 REPEATS = 3
 
 
@@ -42,7 +43,7 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
     parameters = {name: _parameters(config) for name, config in configs.items()}
     parts = {
         "process and model": BARE_PROCESS + sum(p.numel() * p.element_size() for p in lm.hf.parameters()),
-        "dictionaries with optimiser": sum(4 * FLOAT * n for n in parameters.values()),
+        "dictionaries with optimiser": TRAINED * sum(parameters.values()) + (FINISHED - TRAINED) * max(parameters.values()),
         "batches and activations": (2 * GROUP_TOKENS + training.batch_size * 8) * width * FLOAT + BLOCK_BYTES * 2,
     }
     stored = contexts.num_tokens * width * STORAGE[activations.storage].itemsize if activations.mode == "store" else 0
@@ -53,7 +54,7 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": {
             "store": stored,
-            "checkpoints": (KEPT + 1) * 3 * FLOAT * sum(parameters.values()),
+            "checkpoints": (KEPT + 1) * TRAINED * sum(parameters.values()),
             "memory": sum(parts.values()),
             "memory_parts": parts,
         },

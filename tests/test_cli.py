@@ -264,7 +264,7 @@ def test_plan_counts_before_anything_is_written(call, workplace):
     assert result["tokens"]["train"] == 6400
     assert result["parameters"] == {ID: parameters}
     assert result["bytes"]["store"] == result["tokens"]["harvest"] * 32 * 2
-    assert result["bytes"]["checkpoints"] == 3 * 3 * 4 * parameters
+    assert result["bytes"]["checkpoints"] == 3 * 10 * parameters
     assert result["epochs"] == pytest.approx(6400 / (result["tokens"]["harvest"] * 15 / 16))
     assert result["bytes"]["memory"] == sum(result["bytes"]["memory_parts"].values())
     assert all(math.isfinite(seconds) and seconds >= 0 for seconds in result["seconds"].values())

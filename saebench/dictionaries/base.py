@@ -303,7 +303,7 @@ class Dictionary(nn.Module, ABC):
         if self.folded:
             return self
         copied = copy.deepcopy(self)
-        copied.fold(*(Scaling.identity(sum(blocks)) for blocks in (self.config.blocks_in, self.config.blocks_out)))
+        copied.fold(Scaling.identity(sum(self.config.blocks_in)), Scaling.identity(sum(self.config.blocks_out)))
         return copied
 
     @abstractmethod

@@ -21,7 +21,7 @@ from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.batchtopk import BatchTopK, BatchTopKDictionary
 from saebench.dictionaries.sae import Fit, Weights
-from saebench.kernels import encode_topk, prefix_errors, sparse_decode
+from saebench.kernels import encode_topk, prefix_errors, sparse_decode, stable_order
 
 PARETO = 0.5
 
@@ -102,10 +102,9 @@ def decode_groups(codes: SparseCodes, W_dec_FD: Tensor, sizes: list[int]) -> Ten
 
     Each token is decoded as G tokens, one for each group, so that there is one pass over the entries and one gradient of the decoder."""
     indices_N, groups = codes.indices.reshape(-1), len(sizes)
-    ends_G = torch.tensor([*accumulate(sizes)], device=indices_N.device)
-    group_N = torch.bucketize(indices_N, ends_G, right=True)
-    parts = [(group_N == group).nonzero()[:, 0] for group in range(groups)]
-    at_N = torch.cat(parts)
+    group_F = torch.repeat_interleave(torch.tensor(sizes, device=indices_N.device))
+    group_N = group_F[indices_N]
+    at_N = stable_order(group_N, groups)
     rows_N = codes.tokens[at_N] + group_N[at_N] * len(codes)
     values_N = codes.values.reshape(-1).index_select(0, at_N)
     apart = SparseCodes.ragged(rows_N, indices_N[at_N], values_N, groups * len(codes), codes.d_sae)

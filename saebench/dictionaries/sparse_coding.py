@@ -49,8 +49,8 @@ class SparseCoder(Dictionary):
         self.W_dec = nn.Parameter(torch.zeros(config.d_sae, config.d_in))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in))
         self.register_buffer("variance", torch.ones(()))  # of the input per coordinate: makes the loss scale-free
-        self.folded = False
         self.register_buffer("metric", torch.ones(config.d_in))
+        self.folded = False
         self.variance: Tensor
         self.metric: Tensor
 

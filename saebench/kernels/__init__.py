@@ -12,6 +12,7 @@ from saebench.kernels.encode_jumprelu import encode_jumprelu
 from saebench.kernels.encode_topk import encode_topk
 from saebench.kernels.entries import with_gradient
 from saebench.kernels.implementations import current_implementation, use_implementation
+from saebench.kernels.latent_order import stable_order
 from saebench.kernels.matching_pursuit import matching_pursuit
 from saebench.kernels.prefix_errors import prefix_errors
 from saebench.kernels.proximal_step import proximal_step
@@ -26,6 +27,7 @@ __all__ = [
     "matching_pursuit",
     "prefix_errors",
     "proximal_step",
+    "stable_order",
     "sparse_decode",
     "decode_error",
     "gathered_dot",
