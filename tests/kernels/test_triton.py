@@ -505,3 +505,26 @@ def test_the_gpu_benchmark_checks_itself_without_a_gpu(tmp_path):
     done = run_script("benchmarks/gpu.py", "--smoke", "--out", str(tmp_path), interpret=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_operations_take_these_kernels_by_order():
+    """Selection, decoding, pursuit and attention with a soft cap through the operations, with their gradients, beside stock torch."""
+    from saebench.kernels import encode_topk, matching_pursuit, sparse_decode, use_implementation
+    from saebench.kernels.lorsa_attention import AttentionRule, attend
+
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)  # noqa: E731
+    x, W, b, W_dec = draw(2, 7), draw(20, 7), draw(20), torch.nn.functional.normalize(draw(20, 7), dim=1)
+    q, k, v = draw(1, 2, 5, 4), draw(1, 2, 5, 4), draw(1, 2, 5, 3)
+    found = []
+    for name in ("triton", "stock"):
+        leaves = [t.clone().requires_grad_() for t in (x, W, b, W_dec, q, k, v)]
+        x_, W_, b_, W_dec_, *qkv = leaves
+        with use_implementation(name):
+            decoded = sparse_decode(encode_topk(x_, W_, b_, None, 3), W_dec_)
+            pursuit = matching_pursuit(x_, W_dec_, 3)
+            attended = attend(*qkv, AttentionRule(0.5, torch.empty(0, device=DEVICE), soft_cap=2.0))
+            loss = decoded.square().sum() + pursuit.residual_BD.square().sum() + (attended * attended.detach().cos()).sum()
+            found.append((decoded, pursuit.coefficients_BT, attended, *torch.autograd.grad(loss, leaves)))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
