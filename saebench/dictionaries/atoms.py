@@ -22,7 +22,7 @@ from saebench.dictionaries.geometry import random_unit_rows
 from saebench.dictionaries.l0_control import L0Controller, SparsitySettings
 from saebench.dictionaries.sae import Weights
 from saebench.dictionaries.scaling import Scaling
-from saebench.dictionaries.thresholds import LEAST, SAMPLE, LearnedThresholds, last_shift, upper_quantile
+from saebench.dictionaries.thresholds import LEAST, SAMPLE, LearnedThresholds, upper_quantile
 from saebench.kernels import encode_above, encode_jumprelu, sparse_decode
 
 
@@ -132,7 +132,7 @@ class ThresholdDictionary(LearnedThresholds):
         error_BD = sparse_decode(codes, self.atoms_FD) - x_BD
         l0 = counts_F.sum() / len(codes)
         self.sparsity.observe(l0.detach(), batch)
-        self.shift = last_shift(l0.detach(), batch, self.config.target_l0) if self.training else None
+        self.steer(l0.detach(), batch, self.config.target_l0)
         coefficient = self.sparsity.coefficient(batch)
         width = batch.x.shape[1]
         whitened = error_BD.square().sum(1).mean() / width

@@ -22,7 +22,7 @@ from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.l0_control import L0Controller, SparsityRule
 from saebench.dictionaries.sae import Fit, SparseAutoencoder, Weights
-from saebench.dictionaries.thresholds import LEAST, SAMPLE, LearnedThresholds, last_shift, shortfall, upper_quantile
+from saebench.dictionaries.thresholds import LEAST, SAMPLE, LearnedThresholds, shortfall, upper_quantile
 from saebench.kernels import encode_above, encode_jumprelu
 
 TANH_SLOPE = 4.0
@@ -120,7 +120,7 @@ class JumpReLUDictionary(LearnedThresholds, SparseAutoencoder):
         )
         error_BD, squares_B = self.error(codes, weights, batch)
         l0 = counts_F.detach().sum() / len(codes)
-        self.shift = last_shift(l0, batch, config.target_l0) if self.training else None
+        self.steer(l0, batch, config.target_l0)
         coefficient = self.coefficient(l0, batch)
         loss = squares_B.mean() + coefficient * self.penalty(codes, counts_F, unit)
         if config.pull:

@@ -54,6 +54,13 @@ class LearnedThresholds(Dictionary):
             self.W_enc_FD *= factor
             self.scale_biases(factor)
 
+    def steer(self, l0: Tensor, batch: TrainingBatch, target: float | None) -> None:
+        """Towards the end of training let all log thresholds move together after this step, so that L0, which is that of the batch, ends
+        at its target: the coefficient acts slowly, and no more once the learning rate has fallen; how latents share the L0 is settled by
+        then."""
+        last = self.training and target is not None and batch.progress >= SETTLED
+        self.shift = LAST_RATE * (l0 / target).clamp(0.5, 2).log() if last else None
+
     @torch.no_grad()
     def scale_biases(self, factor: Tensor | float) -> None:
         super().scale_biases(factor)
@@ -74,14 +81,6 @@ class LearnedThresholds(Dictionary):
             self.register_buffer("threshold", (SPEED * self.slow_log_threshold.detach()).exp())
             self.threshold: Tensor
         super().drop_training()
-
-
-def last_shift(l0: Tensor, batch: TrainingBatch, target: float | None) -> Tensor | None:
-    """What to add to all log thresholds towards the end of training, so that L0 ends at its target: the coefficient acts slowly, and no
-    more once the learning rate has fallen; how latents share the L0 is settled by then. None where thresholds are left alone."""
-    if target is None or batch.progress < SETTLED:
-        return None
-    return LAST_RATE * (l0 / target).clamp(0.5, 2).log()
 
 
 def upper_quantile(x_BD: Tensor, weights: Weights, b_in_D: Tensor | None, share: float) -> Tensor:

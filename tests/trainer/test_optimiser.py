@@ -61,7 +61,7 @@ def test_steps_are_those_of_torchs_adam_on_dense_gradients(name, clip):
     for key in ("W_enc_FD", "W_dec", "b_enc", "b_dec"):
         # a step of Adam has the size of the learning rate however small the gradient is: single numbers may differ by rounding
         far = (ours[key] - theirs[key]).abs() > 2e-4 * theirs[key].abs().max()
-        assert far.float().mean() < 0.002, key
+        assert far.float().mean() < 0.01, key
 
 
 def test_the_type_of_the_momentum_is_kept_and_changes_little():
