@@ -25,10 +25,10 @@ def tokens(number):
     return torch.randn(128, 24, generator=torch.Generator().manual_seed(number)) + 0.5
 
 
-def members(config, clip, **settings):
-    training = TrainConfig(
-        num_tokens=128 * STEPS, batch_size=128, clip=clip, lr=3e-3, dead_after=128, momentum="float32", **settings
-    )
+def members(config, clip):
+    # an epsilon above the rounding of gradients, which Adam would make as large as anything else
+    kept = {"lr": 3e-3, "eps": 1e-6, "dead_after": 128, "momentum": "float32"}
+    training = TrainConfig(num_tokens=128 * STEPS, batch_size=128, clip=clip, **kept)
     member = Member.create(config, training, tokens(1000))
     return member, copy.deepcopy(member.dictionary)
 
@@ -59,9 +59,8 @@ def test_steps_are_those_of_torchs_adam_on_dense_gradients(name, clip):
             silent = torch.where(losses.codes.firings() > 0, 0, silent + 128)
     ours, theirs = member.dictionary.state_dict(), dictionary.state_dict()
     for key in ("W_enc_FD", "W_dec", "b_enc", "b_dec"):
-        # a step of Adam has the size of the learning rate however small the gradient is: single numbers may differ by rounding
         far = (ours[key] - theirs[key]).abs() > 2e-4 * theirs[key].abs().max()
-        assert far.float().mean() < 0.01, key
+        assert far.float().mean() < 0.002, key
 
 
 def test_the_type_of_the_momentum_is_kept_and_changes_little():
