@@ -11,6 +11,7 @@ import torch
 from saebench.activations import ActivationStream
 from saebench.activations.batches import GROUP_TOKENS
 from saebench.activations.encoding import STORAGE
+from saebench.activations.stream import CALIBRATION_CONTEXTS
 from saebench.dictionaries import DictionaryConfig
 from saebench.kernels.scores import BLOCK_BYTES
 from saebench.pipeline import Pipeline
@@ -18,7 +19,7 @@ from saebench.trainer import Member, TrainConfig
 from saebench.trainer.checkpoint import KEPT
 from saebench.trainer.loop import fit_to_source, sample_contexts, sample_tokens
 
-BARE_PROCESS = 600 << 20  # Python, torch and transformers with nothing loaded
+BARE_PROCESS = 780 << 20  # Python, torch and transformers, with what evaluation needs besides the model
 FLOAT = 4
 TRAINED, FINISHED = 10, 14  # bytes a parameter: itself, Adam's moments in 2 and 4 bytes; at the end the finished copy besides
 REPEATS = 3
@@ -47,7 +48,10 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
         "batches and activations": (2 * GROUP_TOKENS + training.batch_size * 8) * width * FLOAT + BLOCK_BYTES * 2,
     }
     stored = contexts.num_tokens * width * STORAGE[activations.storage].itemsize if activations.mode == "store" else 0
-    passes = 1 if activations.mode == "store" else train_tokens / contexts.num_tokens
+    read_tokens = contexts.num_tokens
+    if activations.mode == "stream":  # whole groups, one more to initialise from, and what statistics are measured on
+        read_tokens = (-(-train_tokens // GROUP_TOKENS) + 1) * min(GROUP_TOKENS, contexts.num_tokens)
+        read_tokens += min(CALIBRATION_CONTEXTS, len(contexts)) * contexts.context_size
     return {
         "tokens": {"harvest": contexts.num_tokens, "train": train_tokens, "evaluate": held_out.num_tokens},
         "epochs": train_tokens / (contexts.num_tokens * (1 - 1 / contexts.context_size)),
@@ -59,7 +63,7 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
             "memory_parts": parts,
         },
         "seconds": {
-            "harvest": round(passes * contexts.num_tokens * forward, 1),
+            "harvest": round(read_tokens * forward, 1),
             "train": round(training.steps * step, 1),
             "evaluate": round(held_out.num_tokens * (4 * whole + forward) * len(configs), 1),
         },

@@ -66,7 +66,9 @@ class Batches:
         skip: int | None = None,
         rank: int = 0,
         world: int = 1,
+        end: int | None = None,
     ):
+        """`end` is the position behind the last batch that will be asked for, where that is known: nothing is read ahead beyond it."""
         self.source, self.sites, self.batch_size = source, list(dict.fromkeys(sites)), batch_size
         self.skip = skip = source.skip if skip is None else skip
         self.seed, self.position, self.rank, self.world = seed, position, rank, world
@@ -80,6 +82,7 @@ class Batches:
         fitting = max(1, GROUP_TOKENS // source.context_size)
         needed = -(-2 * batch_size // self.rows_per_context)
         self.contexts_per_group = min(max(fitting, needed), self.contexts_per_epoch)
+        self._last_group = None if end is None else self._place(max(0, end * batch_size - 1))[0]
         self._epoch: tuple[int, Tensor] | None = None
         self._groups: dict[int, Future] = {}
         self._spare: list[dict[str, Encoded]] = []  # memory of groups that are used up: fresh memory costs more than filling it
@@ -102,9 +105,8 @@ class Batches:
         pieces: dict[str, list[Tensor]] = {site: [] for site in self.sites}
         wanted = self.batch_size
         while wanted:
-            epoch, row = divmod(start, self.tokens_per_epoch)
-            number, row = divmod(row, self.contexts_per_group * self.rows_per_context)
-            order_R, encoded = self._group(epoch * self.groups_per_epoch + number)
+            group, row = self._place(start)
+            order_R, encoded = self._group(group)
             index = order_R[row : row + wanted]
             for site in self.sites:
                 pieces[site].append(encoded[site].take(index))
@@ -119,11 +121,18 @@ class Batches:
         """Stop reading ahead."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    def _place(self, token: int) -> tuple[int, int]:
+        """Group and row within it of a token of the endless sequence."""
+        epoch, row = divmod(token, self.tokens_per_epoch)
+        number, row = divmod(row, self.contexts_per_group * self.rows_per_context)
+        return epoch * self.groups_per_epoch + number, row
+
     def _group(self, number: int) -> tuple[Tensor, dict[str, Encoded]]:
         for old in [n for n in self._groups if n < number]:
             self._spare.append(self._groups.pop(old).result()[2])
         for wanted in (number, number + 1):
-            if wanted not in self._groups:
+            beyond = self._last_group is not None and wanted > max(number, self._last_group)
+            if wanted not in self._groups and not beyond:
                 self._groups[wanted] = self._pool.submit(self._load, wanted)
         order_R, encoded, _ = self._groups[number].result()
         return order_R, encoded

@@ -100,7 +100,7 @@ def fit_to_source(
 def sample_tokens(source: Source, sites: Sequence[str], seed: int, count: int = SAMPLE_TOKENS) -> dict[str, Tensor]:
     """Shuffled activations to initialise from, by site: [count or fewer, D]."""
     count = min(count, source.num_contexts * (source.context_size - source.skip))
-    batches = Batches(source, sites, count, seed=seed)
+    batches = Batches(source, sites, count, seed=seed, end=1)
     try:
         return next(batches)
     finally:
@@ -195,7 +195,7 @@ class _Run:
         size, seed = self.training.batch_size, self.training.seed
         drawn: dict[bool, Batches | ContextBatches] = {}
         if sites := self._sites(False):
-            drawn[False] = Batches(self.source, sites, size, seed=seed, position=position)
+            drawn[False] = Batches(self.source, sites, size, seed=seed, position=position, end=self.training.steps)
         if sites := self._sites(True):
             contexts = max(1, size // self.source.context_size)
             drawn[True] = ContextBatches(self.source, sites, contexts, seed=seed, position=position)

@@ -67,6 +67,29 @@ def test_any_position_can_be_resumed(batch_size):
         assert torch.equal(next(resumed)["a"], expected[position])
 
 
+class Counting(Numbered):
+    """Remembers how often it was read."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def fetch(self, contexts_N, sites, out=None):
+        self.reads += 1
+        return super().fetch(contexts_N, sites, out)
+
+
+@pytest.mark.parametrize(("end", "position"), [(1, 0), (5, 0), (23, 0), (23, 20)])
+def test_nothing_is_read_beyond_the_end(end, position):
+    source = Counting()
+    batches = Batches(source, ["a"], 7, seed=3, position=position, end=end)
+    plain = Batches(Numbered(), ["a"], 7, seed=3, position=position)
+    assert torch.equal(rows(batches, end - position), rows(plain, end - position))
+    batches.close()
+    first, last = (batches._place(token)[0] for token in (7 * position, 7 * end - 1))
+    assert source.reads == last - first + 1
+
+
 def test_ranks_share_an_epoch_without_overlap():
     parts = []
     for rank in range(3):
