@@ -229,7 +229,7 @@ def test_full_disk_during_a_harvest(place, tiny_lm_directory, small_disk):
     assert bytes_of(out) == bytes_of(place / "acts")
 
 
-@pytest.mark.parametrize("size", ["10m", "16m"])
+@pytest.mark.parametrize("size", ["10m", "13m"])
 def test_full_disk_during_training(place, small_disk, size):
     run = small_disk(size) / "run"
     out_of_space(finish(start(place, *train_command(run)), 2))
