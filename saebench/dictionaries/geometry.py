@@ -11,7 +11,8 @@ ROWS_AT_ONCE = 512  # of a large matrix, so that what lies between two operation
 def random_unit_rows(rows: int, width: int, generator: torch.Generator) -> Tensor:
     """Uniform directions: [rows, width]."""
     draw = torch.randn(rows, width, generator=generator)
-    return draw / draw.norm(dim=1, keepdim=True)
+    draw /= draw.norm(dim=1, keepdim=True)
+    return draw
 
 
 def active_subspace(x_BD: Tensor, share: float) -> Tensor:

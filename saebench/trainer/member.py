@@ -64,6 +64,8 @@ class Member:
             Scaling.measured(config.normalise, config.centre, [statistics[site] for site in sites])
             for sites in (config.reads, config.writes)
         )
+        mean_D = torch.cat([statistics[site].mean_D for site in config.writes])
+        statistics = None  # covariances are large, and the optimiser's memory is about to be taken
         x, y = join(sample, config)
         seed = training.seed if config.seed is None else config.seed
         x_normal = read(x.cpu().float())
@@ -71,8 +73,7 @@ class Member:
         dictionary.scalings = (read, write)
         dictionary.initialise(x_normal, y_normal, torch.Generator().manual_seed(seed), lm)
         dictionary.to(x.device)
-        mean_D = torch.cat([statistics[site].mean_D for site in config.writes]).to(x.device)
-        return cls(dictionary, training, read.to(x.device), write.to(x.device), mean_D)
+        return cls(dictionary, training, read.to(x.device), write.to(x.device), mean_D.to(x.device))
 
     @property
     def scales(self) -> dict[str, float]:
