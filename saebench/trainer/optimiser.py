@@ -75,12 +75,11 @@ class Adam:
         found = [(matrix, gradient) for matrix in self._matrices.values() if (gradient := matrix.gradient) is not None]
         if not found:
             return torch.zeros(())
-        device = found[0][0].rows.device
         if measure := not self._surely_short(found):
             squares = [self._square(matrix, gradient) for matrix, gradient in found]
             factor = (self.clip / (torch.stack(squares).sum().sqrt() + 1e-6)).clamp(max=1.0).float()
         else:
-            squares, factor = [], torch.ones((), device=device)
+            squares, factor = [], torch.ones((), device=found[0][0].rows.device)
         for matrix, gradient in found:
             matrix.step += 1
             rule = AdamRule(lr, self.betas, self.eps, matrix.step)

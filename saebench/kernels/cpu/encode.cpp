@@ -192,7 +192,7 @@ void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
                 const Floats slack = all(tokens.missed[token]) * block_norm + all(tokens.norm[token]) * block_missed;
                 const Floats most = Screen::value(c[i][half]) * (all(tokens.unit[token]) * block_unit) + (block_bias + slack);
                 if constexpr (std::is_same_v<Keep, Best>)
-                    bits[i][half] = at_least(most, keep.limit(token, j));
+                    bits[i][half] = at_least(most, all(keep.limits[token]));
                 else
                     bits[i][half] = at_least(most, load(block.limits.data() + j));
             }
@@ -285,14 +285,14 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
             for (int64_t group = 0; group < tokens.tiles; group += GROUP_TILES)
                 for (int64_t i = 0; i < held; i++) {
                     const int64_t done = first + i + 1, end = std::min(tokens.tiles, group + GROUP_TILES);
-                    for (int64_t tile = group; tile < end; tile++)
-                        if constexpr (std::is_same_v<Keep, Best>) {
-                            if (keep.guessing && done == 1)
+                    for (int64_t tile = group; tile < end; tile++) {
+                        if constexpr (std::is_same_v<Keep, Best>)
+                            if (keep.guessing && done == 1) {
                                 first_pass(problem, tokens, *blocks[i], tile, pending, keep, scores);
-                            else
-                                pass(problem, tokens, *blocks[i], tile, pending, keep);
-                        } else
-                            pass(problem, tokens, *blocks[i], tile, pending, keep);
+                                continue;
+                            }
+                        pass(problem, tokens, *blocks[i], tile, pending, keep);
+                    }
                     if constexpr (std::is_same_v<Keep, Best>)
                         if (keep.guessing && done > 1 && (done & (done - 1)) == 0)
                             for (int64_t token = group * TILE_TOKENS; token < std::min(problem.tokens, end * TILE_TOKENS); token++)

@@ -32,7 +32,6 @@ struct Best {
 
     Best(int64_t tokens, int64_t k, bool guessing)
         : k(k), room(2 * k + 32), limits(tokens), guesses(tokens), entries(tokens * room), sizes(tokens), guessing(guessing) {}
-    Floats limit(int64_t token, int64_t) const { return all(limits[token]); }
     void guess(int64_t token, float value) {
         guesses[token] = std::max(guesses[token], value);
         limits[token] = std::max(limits[token], value);
