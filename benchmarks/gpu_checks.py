@@ -121,7 +121,7 @@ def some_codes(device: str, B: int, F: int, k: int, kind: str) -> SparseCodes:
 def with_codes(device: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> str | None:
     B, D, F, k = shape
     codes = some_codes(device, B, F, k, kind)
-    W, rows = torch.randn(F, D, device=device).to(dtype), torch.randn(B, D, device=device).to(dtype)
+    W, rows, bias = (torch.randn(*size, device=device).to(dtype) for size in ((F, D), (B, D), (D,)))
     dense = torch.zeros(B, F, dtype=torch.float64, device=device)
     flat = codes.indices.reshape(-1).long()
     dense.index_put_((codes.tokens, flat), codes.values.double().reshape(-1), accumulate=True)
@@ -129,6 +129,7 @@ def with_codes(device: str, shape: tuple[int, ...], dtype: torch.dtype, kind: st
     dots = (rows.double()[codes.tokens] * W.double()[flat]).sum(1)
     return first(
         off("decode", kernels.decode(codes, W), dense @ W.double(), 1e-6),
+        off("decode with a bias", kernels.decode(codes, W, bias), dense @ W.double() + bias, 1e-6),
         off("dots", kernels.dots(codes, rows, W).reshape(-1) * real, dots * real, 1e-6),
         off("sums", kernels.sums(codes, rows), dense.T @ rows.double(), 1e-6),
     )

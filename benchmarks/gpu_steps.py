@@ -56,7 +56,7 @@ class OurStep:
         centred_BD = (x_BD - self.b_dec).to(torch.bfloat16)
         indices_BK, values_BK = kernels.topk(centred_BD, self.encoder.copy_FD, self.b_enc, None, self.k, None)
         codes = SparseCodes(indices_BK, values_BK, len(self.b_enc))
-        error_BD = kernels.decode(codes, self.decoder.copy_FD) + self.b_dec - x_BD
+        error_BD = kernels.decode(codes, self.decoder.copy_FD, self.b_dec) - x_BD
         loss = error_BD.square().sum(1).mean()
         grad_BD = (error_BD * (2 / len(x_BD))).to(torch.bfloat16)
         by_z = codes.replaced(kernels.dots(codes, grad_BD, self.decoder.copy_FD) * (values_BK > 0))

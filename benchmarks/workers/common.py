@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from benchmarks.shapes import Shape
 from benchmarks.workers.planted import HELD_OUT, Codes, PlantedData, active_latents, quality, threshold_for
 from benchmarks.workers.recorded import RecordedData
 
+CODEC_TURNS = 5  # of encoding and of decoding a batch in a turn
 WARMUP_FRACTION = 0.1  # of the steps, for all: the peers' own warm-ups (0 to 1000 steps) are meant for far longer runs
 
 
@@ -188,17 +190,17 @@ class Server:
 
     @torch.no_grad()
     def codec(self) -> dict:
-        """Seconds to encode a batch and to decode its codes, after one of each that is not counted, and the active latents per token
-        of these codes, on which the speed of sparse ones depends."""
+        """Seconds to encode a batch and to decode its codes, medians of several after one of each that is not counted, and the active
+        latents per token of these codes, on which the speed of sparse ones depends."""
         x_BD = self._data.batch_BD(HELD_OUT, self._batch_size)
         with self._worker.evaluation():
             encode, decode = partial(self._worker.encode, x_BD), self._worker.decode
             codes, _ = timed(encode)
+            encode_seconds = median(timed(encode)[1] for _ in range(CODEC_TURNS))
             if not self._worker.trains:
-                return {"encode_seconds": timed(encode)[1]}
+                return {"encode_seconds": encode_seconds}
             timed(partial(decode, codes))
-            codes, encode_seconds = timed(encode)
-            _, decode_seconds = timed(partial(decode, codes))
+            decode_seconds = median(timed(partial(decode, codes))[1] for _ in range(CODEC_TURNS))
             l0 = len(active_latents(codes)) / len(x_BD)
             return {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds, "l0": l0}
 

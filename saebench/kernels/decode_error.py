@@ -36,7 +36,7 @@ class _DecodeError(torch.autograd.Function):
         if hasattr(primitives, "decode_error"):
             error_BD, squares_B, dots = primitives.decode_error(codes, W_dec_FD, b_dec_D, y_BD)
         else:
-            error_BD = primitives.decode(codes, W_dec_FD).add_(b_dec_D).sub_(y_BD)
+            error_BD = primitives.decode(codes, W_dec_FD, b_dec_D).sub_(y_BD)
             squares_B, dots = error_BD.square().sum(1), None
         ctx.codes, ctx.terms = codes, collected_in(W_dec_FD)
         ctx.save_for_backward(W_dec_FD, error_BD, dots)

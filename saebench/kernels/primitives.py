@@ -64,8 +64,8 @@ class Primitives(Protocol):
         Thresholds may be -inf."""
         ...
 
-    def decode(self, codes: SparseCodes, W_FD: Tensor) -> Tensor:
-        """sum over the entries of each token of value * W[index]: [B, D]. A latent may occur twice in a row."""
+    def decode(self, codes: SparseCodes, W_FD: Tensor, bias_D: Tensor | None = None) -> Tensor:
+        """sum over the entries of each token of value * W[index], plus bias: [B, D]. A latent may occur twice in a row."""
         ...
 
     def dots(self, codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:

@@ -29,8 +29,7 @@ class _SparseDecode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor | None, codes: SparseCodes) -> Tensor:
         ctx.codes, ctx.terms = codes.replaced(values.detach()), collected_in(W_dec_FD)
         ctx.save_for_backward(W_dec_FD)
-        out_BD = primitives_for(W_dec_FD).decode(ctx.codes, W_dec_FD)
-        return out_BD if b_dec_D is None else out_BD.add_(b_dec_D)
+        return primitives_for(W_dec_FD).decode(ctx.codes, W_dec_FD, b_dec_D)
 
     @staticmethod
     def backward(ctx: Any, grad_BD: Tensor) -> tuple[Tensor | None, ...]:

@@ -65,15 +65,16 @@ def above(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, thres
     return offsets_B, torch.cat(latents), torch.cat(values)
 
 
-def decode(codes: SparseCodes, W_FD: Tensor) -> Tensor:
+def decode(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor | None = None) -> Tensor:
     if codes.crowded(CROWDED):
         out_BD = W_FD.new_empty(len(codes), W_FD.shape[1])
         for start, dense_bF in codes.dense_blocks():
             torch.mm(dense_bF, W_FD, out=out_BD[start : start + len(dense_bF)])
-        return out_BD
-    return torch.nn.functional.embedding_bag(
-        codes.indices.reshape(-1), W_FD, _row_starts(codes), per_sample_weights=codes.values.reshape(-1), mode="sum"
-    )
+    else:
+        out_BD = torch.nn.functional.embedding_bag(
+            codes.indices.reshape(-1), W_FD, _row_starts(codes), per_sample_weights=codes.values.reshape(-1), mode="sum"
+        )
+    return out_BD if bias_D is None else out_BD.add_(bias_D)
 
 
 def dots(codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:

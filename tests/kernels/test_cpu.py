@@ -165,11 +165,12 @@ def codes_like(kind, tokens, d_sae):
 
 
 @pytest.mark.parametrize("kind", ["fixed", "ragged"])
-@pytest.mark.parametrize("width", [1, 7, 130])
-def test_rows_are_summed_and_multiplied(kind, width):
-    codes, W, rows = codes_like(kind, 37, 211), draw(211, width), draw(37, width, seed=2)
+@pytest.mark.parametrize("tokens, width", [(37, 1), (37, 7), (37, 130), (300, 96)])  # the last: strip by strip
+def test_rows_are_summed_and_multiplied(kind, tokens, width):
+    codes, W, rows, bias = codes_like(kind, tokens, 211), draw(211, width), draw(tokens, width, seed=2), draw(width)
     dense = codes.to_dense().double()
     torch.testing.assert_close(cpu.decode(codes, W).double(), dense @ W.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cpu.decode(codes, W, bias).double(), dense @ W.double() + bias, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cpu.sums(codes, rows).double(), dense.T @ rows.double(), rtol=1e-5, atol=1e-5)
     products = (rows.double() @ W.double().T)[codes.tokens, codes.indices.reshape(-1).long()]
     torch.testing.assert_close(cpu.dots(codes, rows, W).reshape(-1).double(), products, rtol=1e-5, atol=1e-5)

@@ -233,6 +233,8 @@ def test_products_with_codes_and_their_gradients(case, D, dtype):
     expected = dense @ W64
     by_values, by_W = torch.autograd.grad(expected, (values, W64), grad.double())
     close(kernels.decode(codes, W), expected.detach())
+    bias = normal(D)
+    close(kernels.decode(codes, W, bias), expected.detach() + bias)
     dots = kernels.dots(codes, grad, W)
     real = codes.values != 0
     assert dots.isfinite().all()

@@ -102,19 +102,20 @@ def above(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, thres
     return offsets_B, indices_N, values_N
 
 
-def decode(codes: SparseCodes, W_FD: Tensor) -> Tensor:
+def decode(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor | None = None) -> Tensor:
     if codes.crowded(CROWDED):
-        return stock.decode(codes, W_FD)
+        return stock.decode(codes, W_FD, bias_D)
     W_FD = W_FD.contiguous()
+    bias_D = W_FD.new_zeros(W_FD.shape[1]) if bias_D is None else bias_D.contiguous()
     out_BD = torch.empty(len(codes), W_FD.shape[1])
     sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1], len(W_FD)))
-    library().saebench_decode(*_entries(codes), _at(W_FD), *sizes, torch.get_num_threads(), _at(out_BD))
+    library().saebench_decode(*_entries(codes), _at(W_FD), _at(bias_D), *sizes, torch.get_num_threads(), _at(out_BD))
     return out_BD
 
 
 def decode_error(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     if codes.crowded(CROWDED):
-        error_BD = stock.decode(codes, W_FD).add_(bias_D).sub_(y_BD)
+        error_BD = stock.decode(codes, W_FD, bias_D).sub_(y_BD)
         return error_BD, error_BD.square().sum(1), None
     W_FD, bias_D, y_BD = W_FD.contiguous(), bias_D.contiguous(), y_BD.contiguous()
     error_BD, squares_B, found = torch.empty_like(y_BD), torch.empty(len(codes)), torch.empty_like(codes.values)

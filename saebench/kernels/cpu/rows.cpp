@@ -18,6 +18,8 @@ struct Entries {
     int64_t end(int64_t token) const { return offsets ? offsets[token + 1] : (token + 1) * k; }
 };
 
+constexpr int64_t LINE = 16;  // floats in a line of the cache
+
 // Weighted rows onto y, four at a time; those with weight 0 are left out.
 struct Gather {
     float* y;
@@ -41,13 +43,35 @@ struct Gather {
     }
 };
 
+constexpr int64_t AHEAD = 8;  // entries whose rows are on their way from memory
+
+// y += the rows of a token's entries, four at a time, while later ones are asked for. `last` is the end of all entries.
+void add_rows(const Entries& entries, int64_t token, int64_t last, const float* w, int64_t width, float* y) {
+    int64_t e = entries.begin(token);
+    const auto row = [&](int64_t entry) { return w + entries.indices[std::min(entry, last - 1)] * width; };
+    for (; e + 4 <= entries.end(token); e += 4) {
+        const float *rows[4], *later[4];
+        Floats weights[4];
+        for (int i = 0; i < 4; i++) rows[i] = row(e + i), later[i] = row(e + AHEAD + i), weights[i] = all(entries.values[e + i]);
+        int64_t p = 0;
+        for (; p + LANES <= width; p += LANES) {
+            for (int i = 0; i < 4; i++) __builtin_prefetch(later[i] + p);
+            store(y + p, load(y + p) + ((weights[0] * load(rows[0] + p) + weights[1] * load(rows[1] + p)) +
+                                        (weights[2] * load(rows[2] + p) + weights[3] * load(rows[3] + p))));
+        }
+        for (; p < width; p++)
+            for (int i = 0; i < 4; i++) y[p] += entries.values[e + i] * rows[i][p];
+    }
+    for (; e < entries.end(token); e++) add_scaled(y, entries.values[e], row(e), width);
+}
+
 constexpr int64_t STRIP = 2 * LANES;        // columns whose sums stay in registers
 constexpr int64_t STRIP_BYTES = 768 << 10;  // of all rows within a strip: they stay in the second-level cache
 
 // Some tokens' sums within a strip of columns.
-void decode_strip(const Entries& entries, int64_t first, int64_t last, const float* w, int64_t width, float* out) {
+void decode_strip(const Entries& entries, int64_t first, int64_t last, const float* w, const float* bias, int64_t width, float* out) {
     for (int64_t t = first; t < last; t++) {
-        Floats even0{}, even1{}, odd0{}, odd1{};  // entries in turns, so that sums do not wait for each other
+        Floats even0 = load(bias), even1 = load(bias + LANES), odd0{}, odd1{};  // entries in turns: sums do not wait for each other
         int64_t e = entries.begin(t);
         for (const int64_t end = entries.end(t) - 1; e < end; e += 2) {
             const float *row0 = w + entries.indices[e] * width, *row1 = w + entries.indices[e + 1] * width;
@@ -79,24 +103,22 @@ void products(const Entries& entries, int64_t token, const float* row, const flo
 
 extern "C" {
 
-void saebench_decode(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* w, int64_t tokens,
-                     int64_t width, int64_t d_sae, int threads, float* out) {
+// bias + the sums
+void saebench_decode(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* w, const float* bias,
+                     int64_t tokens, int64_t width, int64_t d_sae, int threads, float* out) {
     const Entries entries{indices, values, offsets, k};
     if (width % STRIP == 0 && d_sae * STRIP * (int64_t)sizeof(float) <= STRIP_BYTES && tokens * threads > d_sae) {
         const int64_t chunk = (tokens + threads - 1) / threads;  // a thread stays in one strip as long as it can
 #pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
         for (int64_t column = 0; column < width; column += STRIP)
             for (int64_t at = 0; at < tokens; at += chunk)
-                decode_strip(entries, at, std::min(tokens, at + chunk), w + column, width, out + column);
+                decode_strip(entries, at, std::min(tokens, at + chunk), w + column, bias + column, width, out + column);
         return;
     }
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
-        float* y = out + t * width;
-        std::memset(y, 0, width * sizeof(float));
-        Gather gather(y, width);
-        for (int64_t e = entries.begin(t); e < entries.end(t); e++) gather.add(values[e], w + indices[e] * width);
-        gather.finish();
+        std::memcpy(out + t * width, bias, width * sizeof(float));
+        add_rows(entries, t, entries.end(tokens - 1), w, width, out + t * width);
     }
 }
 
@@ -110,9 +132,7 @@ void saebench_decode_error(const int32_t* indices, const float* values, const in
         float* e_row = error + t * width;
         const float* y_row = y + t * width;
         for (int64_t p = 0; p < width; p++) e_row[p] = bias[p] - y_row[p];
-        Gather gather(e_row, width);
-        for (int64_t e = entries.begin(t); e < entries.end(t); e++) gather.add(values[e], w + indices[e] * width);
-        gather.finish();
+        add_rows(entries, t, entries.end(tokens - 1), w, width, e_row);
         squares[t] = dot(e_row, e_row, width);
         products(entries, t, e_row, w, width, out);
     }

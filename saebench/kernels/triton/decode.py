@@ -19,8 +19,8 @@ ENTRIES = 8
 
 
 @on_its_device
-def decode(codes: SparseCodes, W_FD: Tensor) -> Tensor:
-    """sum over the entries of each token of value * W[index]: [B, D] float32, whatever the type of W. Entries of value 0 are not read."""
+def decode(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """sum over the entries of each token of value * W[index], plus bias: [B, D] float32, whatever the type of W. Entries of value 0 are not read."""
     width = W_FD.shape[1]
     out_BD = torch.empty(len(codes), width, dtype=torch.float32, device=W_FD.device)
     block = min(1024, triton.next_power_of_2(max(width, 16)))
@@ -30,6 +30,7 @@ def decode(codes: SparseCodes, W_FD: Tensor) -> Tensor:
             codes.values,
             codes.offsets,
             W_FD,
+            bias_D,
             out_BD,
             codes.indices.shape[-1],
             width,
@@ -51,7 +52,7 @@ def entry_range(token, offsets, K, RAGGED: tl.constexpr):
 
 
 @triton.jit
-def _decode(indices, values, offsets, W, out, K, D, RAGGED: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
+def _decode(indices, values, offsets, W, bias, out, K, D, RAGGED: tl.constexpr, ENTRIES: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     entry = tl.arange(0, ENTRIES)
@@ -64,4 +65,7 @@ def _decode(indices, values, offsets, W, out, K, D, RAGGED: tl.constexpr, ENTRIE
         value = tl.load(values + at, mask=here, other=0.0).to(tl.float32)
         wanted = (value != 0)[:, None] & (d < D)[None, :]
         acc += value[:, None] * tl.load(W + latent[:, None] * D + d[None, :], mask=wanted, other=0.0).to(tl.float32)
-    tl.store(out + token * D + d, tl.sum(acc, 0), mask=d < D)
+    sums = tl.sum(acc, 0)
+    if bias is not None:
+        sums += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out + token * D + d, sums, mask=d < D)
