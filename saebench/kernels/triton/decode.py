@@ -20,7 +20,8 @@ ENTRIES = 8
 
 @on_its_device
 def decode(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    """sum over the entries of each token of value * W[index], plus bias: [B, D] float32, whatever the type of W. Entries of value 0 are not read."""
+    """sum over the entries of each token of value * W[index], plus bias: [B, D] float32, whatever the type of W. Entries of value 0 are
+    not read."""
     width = W_FD.shape[1]
     out_BD = torch.empty(len(codes), width, dtype=torch.float32, device=W_FD.device)
     block = min(1024, triton.next_power_of_2(max(width, 16)))
