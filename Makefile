@@ -39,7 +39,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(READY): $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" --editable ".[app]"
 	touch $@
 
 $(DEV_READY): $(VENV)/.torch pyproject.toml

@@ -59,6 +59,8 @@ _NAMES = {
     "train": "saebench.trainer:train",
     "TrainConfig": "saebench.trainer:TrainConfig",
     "evaluate": "saebench.evaluation:evaluate",
+    "index": "saebench.features:index",
+    "FeatureStore": "saebench.features:FeatureStore",
     "PlantedDictionary": "saebench.synthetic:PlantedDictionary",
     "UserError": "saebench.errors:UserError",
 }

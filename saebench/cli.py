@@ -19,6 +19,8 @@ COMMANDS = {
     "harvest": "run a model over text and store activations",
     "train": "train dictionaries from a recipe",
     "evaluate": "measure the dictionaries of a run",
+    "index": "build the feature store of a run's dictionaries: every firing of every latent",
+    "browse": "look at the features of runs in a browser on this machine",
     "plan": "memory and time of a recipe, before running it",
     "doctor": "device, versions, kernels in use, and what is missing",
 }

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -123,6 +124,30 @@ def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, to
         raise UserError(f"{path} is missing") from None
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}") from None
+
+
+MAPPED = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I8": np.int8,
+    "U8": np.uint8,
+}
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file as views of the mapped file (bfloat16 as its bits): nothing is read until it is used."""
+    mapped = np.memmap(path, mode="r")
+    length = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8:length].tobytes())
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = (length + offset for offset in entry["data_offsets"])
+            tensors[name] = np.asarray(mapped[start:stop]).view(MAPPED[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
 
 
 def write_manifest(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,8 @@ from saebench.activations.store import FIELDS, FORMAT, VERSION
 from saebench.dictionaries import Dictionary, load_dictionary
 from saebench.errors import UserError
 from saebench.evaluation import evaluate
-from saebench.features import Feature, characteristic_features, collect
+from saebench.features import Feature, FeatureStore, characteristic_features, index
+from saebench.features.building import fingerprint
 from saebench.figures.report import write_report
 from saebench.files import MANIFEST, identity, read_manifest
 from saebench.lm import Contexts, LanguageModel, load_lm, load_text, pack
@@ -32,7 +33,7 @@ from saebench.trainer import train
 from saebench.trainer.loop import fit_to_source
 
 SUITES = ("core",)
-TOKENS_INDEXED = 262_144  # that the features of a report are drawn from
+TOKENS_REPORTED = 262_144  # that the features of a report are drawn from, where no feature store is there yet
 
 
 @dataclass
@@ -187,12 +188,44 @@ class Pipeline:
 
     def report(self, run: Run, evaluation: dict[str, Any], count: int = 12) -> tuple[Path, dict[str, list[Feature]]]:
         """Write the run's report.html with `count` characteristic features of each dictionary; returns its path and the features."""
-        source = self._opened or self._kept_store(self.store_path(run.path.parent)) or self.stream()
         features = {}
         for name, dictionary in parts(run.dictionaries()):
-            postings = collect(dictionary, source, limit=max(1, TOKENS_INDEXED // source.context_size))
-            features[name] = characteristic_features(dictionary, postings, count)
+            store = self._feature_store(run, name, dictionary, TOKENS_REPORTED)
+            features[name] = characteristic_features(dictionary, store, count)
         return write_report(run, evaluation, features, self.lm.token_strings.__getitem__), features
+
+    def index(
+        self, run: Run, names: Sequence[str] | None = None, *, tokens: int, overwrite: bool = False
+    ) -> dict[str, FeatureStore]:
+        """Build the feature stores of a run's dictionaries, or of those named, over up to so many tokens of the text they were trained on.
+        Raises UserError for a name the run does not have."""
+        found = dict(parts(run.dictionaries()))
+        if unknown := [name for name in names or () if name not in found]:
+            raise UserError(f"{run.path} has no dictionary {unknown[0]!r}: it has {', '.join(found)}")
+        with timed(run, "index"):
+            return {
+                name: self._build_store(run, name, dictionary, tokens, overwrite)
+                for name, dictionary in found.items()
+                if not names or name in names
+            }
+
+    def _feature_store(self, run: Run, name: str, dictionary: Dictionary, tokens: int) -> FeatureStore:
+        """The feature store of a dictionary as it is, whatever its tokens; or a new one."""
+        path = run.features(name)
+        if (path / MANIFEST).exists():
+            store = FeatureStore(path)
+            if store.config["dictionary"] == fingerprint(dictionary):
+                return store
+        return self._build_store(run, name, dictionary, tokens, overwrite=True)
+
+    def _build_store(self, run: Run, name: str, dictionary: Dictionary, tokens: int, overwrite: bool) -> FeatureStore:
+        source = self._opened or self._kept_store(self.store_path(run.path.parent)) or self.stream()
+        path, limit = run.features(name), max(1, tokens // source.context_size)
+        if not overwrite and (path / MANIFEST).exists():
+            there = FeatureStore(path)  # one of fewer tokens, such as a report makes, gives way
+            same = (fingerprint(dictionary), source.identity) == (there.config["dictionary"], there.config["activations"])
+            overwrite = same and there.num_contexts < min(limit, source.num_contexts)
+        return index(dictionary, source, path, lm=self.lm, limit=limit, overwrite=overwrite)
 
 
 def parts(paths: dict[str, Path]) -> Iterator[tuple[str, Dictionary]]:

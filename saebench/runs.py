@@ -19,7 +19,7 @@ from saebench.files import read_json, write_json
 FORMAT, VERSION = "saebench-run", 1
 FIELDS = {"format", "version", "name", "started", "finished", "recipe", "versions", "model", "activations", "seconds"}
 RUN = "run.json"
-WRITTEN = ("metrics.jsonl", "report.html", "checkpoint", "dictionaries", "evals", "tensorboard", "wandb")
+WRITTEN = ("metrics.jsonl", "report.html", "checkpoint", "dictionaries", "evals", "features", "tensorboard", "wandb")
 VERSIONED = ("saebench", "torch", "transformers", "transformer-lens", "safetensors", "numpy")
 
 
@@ -97,6 +97,10 @@ class Run:
     @property
     def finished(self) -> bool:
         return bool(self.record["finished"])
+
+    def features(self, dictionary: str) -> Path:
+        """Where the feature store of a dictionary is, or would be."""
+        return self.path / "features" / dictionary
 
     def dictionaries(self) -> dict[str, Path]:
         """Paths of the trained dictionaries by id. Raises UserError where there are none."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import saebench as sb
 from saebench.evaluation import describe
-from saebench.features import characteristic_features, collect
+from saebench.features import characteristic_features
 from saebench.figures.tokens import headline
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,8 +50,8 @@ def main() -> None:
     (args.out / "figures.json").write_text(json.dumps(figures, indent=2))
 
     # 5. What did it learn?
-    postings = collect(sae, store, args.site, limit=512)
-    for feature in characteristic_features(sae, postings, count=12):
+    evidence = sb.index(sae, store, args.out / "features" / "sae", lm=lm, limit=512)
+    for feature in characteristic_features(sae, evidence, count=12):
         print(f"feature {feature.latent:>6}  {feature.density:.3%} of tokens  {headline(feature, lm.token_strings.__getitem__)}")
     print(f"saved to {args.out}/dictionaries; load it with saebench.load(...)")
 

@@ -5,7 +5,6 @@ Shape suffixes: `N` contexts, `S` positions in a context, `D` width of a site.
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 from saebench.activations.encoding import STORAGE, Encoded
 from saebench.activations.statistics import SiteStatistics
 from saebench.errors import UserError
-from saebench.files import check_files, identity, read_json, read_manifest, read_tensors
+from saebench.files import check_files, identity, map_tensors, read_json, read_manifest, read_tensors
 from saebench.lm.tokens import Contexts
 from saebench.progress import progress
 
@@ -139,13 +138,5 @@ def tensors_of(read: dict[str, Encoded]) -> dict[str, Tensor]:
 
 
 def map_contexts(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a shard as the bytes of each context, views of the mapped file: nothing is read until it is used."""
-    mapped = np.memmap(path, mode="r")
-    length = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-    header = json.loads(mapped[8:length].tobytes())
-    contexts = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = (length + offset for offset in entry["data_offsets"])
-            contexts[name] = mapped[start:stop].reshape(entry["shape"][0], -1)
-    return contexts
+    """The tensors of a shard as the bytes of each context: nothing is read until it is used."""
+    return {name: tensor.view(np.uint8).reshape(len(tensor), -1) for name, tensor in map_tensors(path).items()}

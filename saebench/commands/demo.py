@@ -14,6 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     setting_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
     parser.add_argument("--overwrite", action="store_true", help="start over instead of continuing or showing what is there")
+    parser.add_argument("--no-browse", action="store_true", help="end without serving the feature browser")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

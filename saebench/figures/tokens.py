@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.text import Text
 
@@ -20,6 +20,14 @@ def visible(token: str) -> str:
 
 
 _SHOWN = {"\n": "↵", "\t": "→", "\r": "␍"}
+
+
+def alone(token: str) -> str:
+    """A token that stands by itself: as `visible`, with the spaces at its ends as dots."""
+    text = visible(token)
+    inner = text.strip(" ")
+    before = len(text) - len(text.lstrip(" "))
+    return "·" * before + inner + "·" * (len(text) - before - len(inner))
 
 
 def shades(example: Example, strongest: float) -> Iterator[tuple[int, float, float]]:
@@ -56,3 +64,27 @@ def html_line(example: Example, strongest: float, text_of: Callable[[int], str])
 def headline(feature: Feature, text_of: Callable[[int], str]) -> str:
     """The tokens a feature fires on, in one line."""
     return "   ".join(f"{visible(text_of(token))!r} {share:.0%}" for token, share in feature.top_tokens[:4])
+
+
+def html_context(
+    ids: Sequence[int],
+    values: Sequence[float],
+    strongest: float,
+    text_of: Callable[[int], str],
+    *,
+    focus: int | None = None,
+    first: int | None = None,
+) -> str:
+    """Tokens as they follow each other, as HTML: each firing is an `<i>` with its shade `--a` from 0 to 1, its value `data-v`, and `data-p`,
+    its position in the context, where the position of the first token is given. Values below zero have the class `cold`."""
+    parts = []
+    for number, (token, value) in enumerate(zip(ids, values, strict=True)):
+        text = html.escape(visible(text_of(token)))
+        if value:
+            shade = min(1.0, abs(value) / strongest) if strongest > 0 else 0.0
+            classes = " ".join(name for name, holds in (("focus", number == focus), ("cold", value < 0)) if holds)
+            named = f' class="{classes}"' if classes else ""
+            place = "" if first is None else f' data-p="{first + number}"'
+            text = f'<i{named} style="--a:{shade:.2f}" data-v="{value:.4g}"{place}>{text}</i>'
+        parts.append(text)
+    return f'<span class="sb-context">{"".join(parts)}</span>'

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from saebench.errors import UserError
 from saebench.lm.sites import Site, SiteTable, hooked, read_sites
+from saebench.lm.unembedding import direct_unembedding
 
 BUILTIN = Path(__file__).parent / "builtin"
 ENDS_HASHED = 1 << 20
@@ -198,6 +199,12 @@ class LanguageModel:
                 **sampling,
             )
         return self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+    @cached_property
+    def direct_unembedding_VD(self) -> Tensor:
+        """What a vector in the residual stream adds to the logits through the final norm, its scale taken as 1: [V, D] float32, in memory.
+        Raises UserError for a model without one final norm."""
+        return direct_unembedding(self.hf, self.site("ln_final.hook_in").module(self.hf))
 
     @cached_property
     def token_strings(self) -> list[str]:

@@ -11,7 +11,7 @@ from saebench.activations import ActivationStream
 from saebench.dictionaries import base, parse_dictionary
 from saebench.errors import UserError
 from saebench.evaluation import evaluate
-from saebench.features import collect
+from saebench.features import index
 from saebench.trainer import TrainConfig
 from saebench.trainer.member import join
 
@@ -130,12 +130,15 @@ def test_activations_of_another_shape_are_one_line(architecture, together):
 
 
 @pytest.mark.parametrize("architecture", [name for name in SMALL if name not in ("csr",)])
-def test_it_is_spliced_in_and_indexed(architecture, stream, together, tiny_lm, contexts):
-    for part in together[architecture].parts().values():
+def test_it_is_spliced_in_and_indexed(architecture, stream, together, tiny_lm, contexts, tmp_path):
+    for name, part in together[architecture].parts().items():
         figures = evaluate(part, tiny_lm, contexts[24:32])
         assert 0 <= figures["fvu"] < 2 and figures["l0"] >= 0 and figures["ce_spliced"] > 0
-        postings = collect(part, stream)
-        assert len(postings.counts_F) == part.config.d_sae
+        store = index(part, stream, tmp_path / f"features{name}", lm=tiny_lm)
+        x_CSD = torch.cat([x.decode() for x in stream.fetch(torch.arange(24), list(part.config.reads)).values()], -1)
+        firings_F = part.encode_contexts(x_CSD).firings()
+        assert store.counts_F.tolist() == firings_F.tolist()
+        assert all(len(store.details(latent).histogram) for latent in range(part.config.d_sae))
 
 
 @pytest.mark.parametrize("architecture", SMALL)

@@ -1,0 +1,46 @@
+"""The feature store on disk: names, versions, tables. The format is in docs/formats.md.
+
+A store holds every code of a corpus twice, by token and by latent, and what follows from them for each latent. It is written by
+`building.py` and read by `store.py`.
+"""
+
+from __future__ import annotations
+
+FORMAT, VERSION = "saebench-features", 1
+FIELDS = {
+    "complete", "config", "num_contexts", "num_tokens", "num_entries", "d_sae", "chunk_contexts", "ranges", "value_scale", "rounding", "sizes",
+}  # fmt: skip
+
+TOKENS, DOCUMENTS, VOCABULARY = "tokens.parquet", "documents.parquet", "vocabulary.parquet"
+POSTINGS_GROUP = 1 << 18  # rows of a row group of postings: what is read to find one latent's
+DETAILS_GROUP = 512  # latents of a row group of details
+
+DEFAULT_TOKENS = 1_000_000  # of a corpus, unless told otherwise
+
+BINS = 50  # of the histogram of a latent's values
+POSITION_BINS = 16  # of the places in a context where it fires
+TOP_TOKENS = 20
+NEIGHBOURS = 16
+COACTIVE = 16
+LOGITS = 20
+
+
+def codes_name(number: int) -> str:
+    return f"codes-{number:05d}.safetensors"
+
+
+def run_name(number: int) -> str:
+    """Entries of a chunk by latent, which exist only while a store is built."""
+    return f".run-{number:05d}.safetensors"
+
+
+def postings_name(number: int) -> str:
+    return f"postings-{number:05d}.parquet"
+
+
+def latents_name(number: int) -> str:
+    return f"latents-{number:05d}.parquet"
+
+
+def details_name(number: int) -> str:
+    return f"details-{number:05d}.parquet"
