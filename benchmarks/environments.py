@@ -15,6 +15,13 @@ from benchmarks.peers import PEERS, TORCH, Environment, Peer
 
 VENVS = Path(__file__).parent / ".venvs"
 MARKER = "finished.txt"
+# Of `benchmarks.index`. Its transformer-lens needs a numpy that newer pyarrow refuses; torchvision as with dictionary-learning.
+SAE_DASHBOARD = Peer(
+    "sae-dashboard",
+    "dashboard",
+    Environment("sae-dashboard", ("sae-dashboard==0.8.0", "pyarrow==25.0.1"), uninstall=("torchvision",)),
+)
+INSTALLED = PEERS | {SAE_DASHBOARD.name: SAE_DASHBOARD}
 
 
 def python_of(peer: Peer) -> Path:
@@ -53,5 +60,5 @@ def _run(*command: object) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or PEERS:
-        print(name, python_of(PEERS[name]))
+    for name in sys.argv[1:] or INSTALLED:
+        print(name, python_of(INSTALLED[name]))
