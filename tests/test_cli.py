@@ -327,6 +327,25 @@ def test_other_models_train_as_the_bundled_one_does(call, request, workplace, mo
     assert figures["l0"] <= 4
 
 
+def test_a_run_is_indexed(call, refused, workplace):
+    call("train", "recipe.toml")
+    result, err = call("index", "runs/tiny")
+    store = sb.FeatureStore(workplace / "runs" / "tiny" / "features" / ID)
+    found = result["stores"][ID]
+    assert (found["path"], found["identity"]) == (f"runs/tiny/features/{ID}", store.identity)
+    assert found["firings"] == store.num_entries > 0 and found["tokens"] == store.num_tokens
+    assert f"{ID}: {store.num_entries:,} firings of" in err and "saebench browse runs/tiny" in err
+    assert call("index", "runs/tiny")[0] == result
+    assert "holds features of" in refused("index", "runs/tiny", "--tokens", 160)
+    less, _ = call("index", "runs/tiny", "--tokens", 160, "--overwrite")
+    assert less["stores"][ID]["tokens"] == 160 // 16 * 15
+    again, _ = call("index", "runs/tiny", "--dictionary", ID)  # one of fewer tokens gives way
+    assert again == result
+    assert "runs/tiny has no dictionary 'other': it has topk-64-k4" in refused("index", "runs/tiny", "--dictionary", "other")
+    assert "--tokens 0 must be positive" in refused("index", "runs/tiny", "--tokens", 0)
+    assert "nowhere is not a run directory" in refused("index", "nowhere")
+
+
 def test_demo_runs_the_main_job_and_shows_it_again(call, workplace):
     settings = {
         "activations.num_tokens": 20480,

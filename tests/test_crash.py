@@ -185,6 +185,51 @@ def test_ctrl_c_during_training(place):
     assert results(run) == results(place / "whole")
 
 
+SMALL_PARTS = (
+    "import sys; from saebench.features import building; building.CHUNK_TOKENS = 1 << 11; building.RANGE_ENTRIES = 1 << 13; "
+    "from saebench.cli import main; sys.exit(main())"
+)
+
+
+def index_command(run):
+    return [sys.executable, "-c", SMALL_PARTS, "index", run]
+
+
+def entered(run):
+    """How many files of the store in the making are entered in its manifest."""
+    manifest = run / "features" / ".sae.building" / "manifest.json"
+    try:
+        return len(json.loads(manifest.read_text())["files"])
+    except FileNotFoundError:
+        return 0
+
+
+@pytest.fixture(scope="module")
+def features(place):
+    """The files of an uninterrupted index of the run in `whole`."""
+    finish(start(place, *index_command("whole")))
+    return bytes_of(place / "whole" / "features" / "sae")
+
+
+def test_indexing_killed_or_stopped_at_random_points_ends_with_the_same_bytes(place, features):
+    run, chance = place / "indexed", random.Random(5)
+    shutil.copytree(place / "whole", run)
+    shutil.rmtree(run / "features")
+    last = len(features) + 20
+    for number, target in enumerate(sorted(chance.sample(range(1, last // 2), 5))):
+        process = start(place, *index_command("indexed"))
+        wait_until(process, lambda target=target: entered(run) >= target)
+        time.sleep(chance.random() * 0.02)
+        process.send_signal(signal.SIGKILL if number % 2 else signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == (-signal.SIGKILL if number % 2 else 130)
+        assert number % 2 or err.splitlines()[-1] == "interrupted; run the same command again to continue"
+        assert not (run / "features" / "sae").exists()
+    assert "going on with what a stopped build left" in finish(start(place, *index_command("indexed")))
+    assert bytes_of(run / "features" / "sae") == features
+    assert [path.name for path in (run / "features").iterdir()] == ["sae"]
+
+
 @pytest.fixture
 def small_disk(place):
     """Mount a tmpfs of a size; calling it again changes the size. Skips where that is not allowed."""
@@ -241,6 +286,18 @@ def test_full_disk_during_training(place, small_disk, size):
     small_disk("64m")
     assert "continuing at step" in finish(start(place, *train_command(run)))
     assert results(run) == results(place / "whole")
+
+
+def test_full_disk_during_indexing(place, features, small_disk):
+    run = small_disk("8m") / "run"
+    shutil.copytree(place / "whole", run, ignore=shutil.ignore_patterns("features", "checkpoint"))
+    size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    small_disk(f"{(size >> 10) + 300}k")
+    out_of_space(finish(start(place, *index_command(run)), 2))
+    assert not partials(run)
+    small_disk("64m")
+    finish(start(place, *index_command(run)))
+    assert bytes_of(run / "features" / "sae") == features
 
 
 def test_no_space_for_even_the_first_file(place, tiny_lm_directory, small_disk):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from saebench.features.layout import DEFAULT_TOKENS
+DEFAULT_TOKENS = 1_000_000
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

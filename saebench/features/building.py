@@ -33,7 +33,7 @@ from saebench.features import layout
 from saebench.features.effects import LogitEffects, Neighbours, encoder_rows
 from saebench.features.store import FeatureStore, map_chunk
 from saebench.features.tables import Listed, write_corpus, write_details, write_latents, write_postings
-from saebench.files import MANIFEST, identity, map_tensors, read_manifest, sha256, write_manifest, write_tensors
+from saebench.files import MANIFEST, check_files, identity, map_tensors, read_manifest, sha256, write_manifest, write_tensors
 from saebench.kernels.latent_order import latent_order
 from saebench.kernels.posting_statistics import coactivation, merge_runs, moments, top_tokens
 from saebench.lm import Contexts
@@ -163,6 +163,7 @@ class _Builder:
         if (manifest["config"], manifest["num_contexts"], manifest["chunk_contexts"]) != expected:
             builder.clear()  # of something else, and unfinished: of no use to anyone
             return builder
+        check_files(path, manifest["files"])
         for name in ("value_scale", "ranges", "rounding", "num_entries", "files"):
             setattr(builder, name, manifest[name])
         if builder.files:

@@ -15,8 +15,6 @@ TOKENS, DOCUMENTS, VOCABULARY = "tokens.parquet", "documents.parquet", "vocabula
 POSTINGS_GROUP = 1 << 18  # rows of a row group of postings: what is read to find one latent's
 DETAILS_GROUP = 512  # latents of a row group of details
 
-DEFAULT_TOKENS = 1_000_000  # of a corpus, unless told otherwise
-
 BINS = 50  # of the histogram of a latent's values
 POSITION_BINS = 16  # of the places in a context where it fires
 TOP_TOKENS = 20

@@ -14,14 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Protocol
 
 import numpy as np
-import torch
 
-from saebench.kernels import cpu
-from saebench.kernels.implementations import current_implementation, primitives_for, use_implementation
+from saebench.kernels.arrays import compiled, ready
 
 Postings = tuple[np.ndarray, np.ndarray, np.ndarray]
 """starts_F1, tokens_N, values_N"""
@@ -115,8 +112,8 @@ def moments(
 ) -> Moments:
     """Sums of powers, range, histogram and places of each latent's values. Token t is at position t % context_size of its context."""
     postings = _postings(starts_F1, tokens_N, values_N)
-    compiled = _compiled()
-    return Moments(*(compiled.moments if compiled else reference_moments)(*postings, context_size, bins, position_bins))
+    library = compiled()
+    return Moments(*(library.moments if library else reference_moments)(*postings, context_size, bins, position_bins))
 
 
 def top_tokens(
@@ -129,9 +126,9 @@ def top_tokens(
     last = postings[1][postings[0][1:][np.diff(postings[0]) > 0] - 1].max(initial=-1)
     if last >= len(ids_T):
         raise ValueError(f"ids_T holds the ids of {len(ids_T)} tokens, and a latent fires on token {last}")
-    compiled = _compiled()
-    compute = compiled.top_tokens if compiled else reference_top_tokens
-    return TopTokens(*compute(*postings, _ready("ids_T", ids_T, np.int32), vocabulary, count))
+    library = compiled()
+    compute = library.top_tokens if library else reference_top_tokens
+    return TopTokens(*compute(*postings, ready("ids_T", ids_T, np.int32), vocabulary, count))
 
 
 def coactivation(
@@ -149,17 +146,17 @@ def coactivation(
     phi = (n11 T - n_f n_g) / (sqrt(n_f (T - n_f)) sqrt(n_g (T - n_g))), or 0 where that is undefined, with T = num_tokens, n = counts_G
     (int64: on how many tokens each latent fires) and n11 on how many both do. Ties go to the larger n11, then to the lowest latent.
     """
-    starts_F1, tokens_N = _ready("starts_F1", starts_F1, np.int64), _ready("tokens_N", tokens_N, np.int32)
+    starts_F1, tokens_N = ready("starts_F1", starts_F1, np.int64), ready("tokens_N", tokens_N, np.int32)
     _at_least_one(count)
-    counts_G = _ready("counts_G", counts_G, np.int64)
+    counts_G = ready("counts_G", counts_G, np.int64)
     rows = [
-        (each.first_token, _ready("starts of codes", each.starts, np.int64), _ready("latents of codes", each.latents, np.int32))
+        (each.first_token, ready("starts of codes", each.starts, np.int64), ready("latents of codes", each.latents, np.int32))
         for each in codes
     ]
     spreads_G = np.sqrt((counts_G * (num_tokens - counts_G)).astype(np.float64))
     spreads_G[spreads_G == 0] = np.inf  # phi becomes 0
-    compiled = _compiled()
-    latents, together, phi = (compiled.coactivation if compiled else reference_coactivation)(
+    library = compiled()
+    latents, together, phi = (library.coactivation if library else reference_coactivation)(
         starts_F1, tokens_N, rows, counts_G, spreads_G, num_tokens, first_latent, count
     )
     firings_F1 = counts_G[first_latent : first_latent + len(starts_F1) - 1, None]
@@ -171,17 +168,17 @@ def merge_runs(runs: Sequence[Run], first_latent: int, last_latent: int) -> Post
     """Postings of the latents first_latent .. last_latent (exclusive) of all runs, in the order of the runs within a latent: new arrays."""
     parts = [
         (
-            _ready("starts_F1", run.starts_F1, np.int64),
-            _ready("tokens", run.tokens, np.int32),
-            _ready("values", run.values, np.float16),
+            ready("starts_F1", run.starts_F1, np.int64),
+            ready("tokens", run.tokens, np.int32),
+            ready("values", run.values, np.float16),
         )
         for run in runs
     ]
     starts_F1 = np.zeros(last_latent - first_latent + 1, np.int64)
     for starts, _, _ in parts:
         starts_F1 += starts[first_latent : last_latent + 1] - starts[first_latent]
-    compiled = _compiled()
-    return starts_F1, *(compiled.merge_runs if compiled else reference_merge_runs)(parts, first_latent, starts_F1)
+    library = compiled()
+    return starts_F1, *(library.merge_runs if library else reference_merge_runs)(parts, first_latent, starts_F1)
 
 
 def reference_moments(
@@ -279,26 +276,12 @@ def reference_merge_runs(runs: Sequence[Postings], first_latent: int, starts_F1:
     return tokens_N, values_N
 
 
-def _compiled() -> ModuleType | None:
-    wanted = current_implementation()
-    if wanted in ("reference", "stock"):
-        return None
-    with use_implementation("auto" if wanted == "triton" else wanted):  # that order is about what is on a GPU
-        return cpu if primitives_for(torch.empty(0)) is cpu else None
-
-
 def _postings(starts_F1: np.ndarray, tokens_N: np.ndarray, values_N: np.ndarray) -> Postings:
     return (
-        _ready("starts_F1", starts_F1, np.int64),
-        _ready("tokens_N", tokens_N, np.int32),
-        _ready("values_N", values_N, np.float16),
+        ready("starts_F1", starts_F1, np.int64),
+        ready("tokens_N", tokens_N, np.int32),
+        ready("values_N", values_N, np.float16),
     )
-
-
-def _ready(name: str, array: np.ndarray, dtype: type) -> np.ndarray:
-    if array.dtype != dtype:
-        raise ValueError(f"{name} is {array.dtype}: it must be {np.dtype(dtype)}")
-    return np.require(array, requirements=["C", "A"])
 
 
 def _at_least_one(count: int) -> None:

@@ -12,7 +12,7 @@ from saebench.activations import TensorSource
 from saebench.cli import main
 from saebench.dictionaries import base
 from saebench.evaluation import evaluate
-from saebench.features import collect
+from saebench.features import index
 from saebench.trainer import TrainConfig
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "new-dictionary.md"
@@ -63,8 +63,7 @@ lr = 0.01
     stream = sb.ActivationStream(tiny_lm, contexts, ["blocks.1.hook_resid_post"])
     x = stream.fetch(torch.arange(4), ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"].values[:, 1:].flatten(0, 1)
     assert sae.encode(x).values.min() > float(sae.threshold) > 0
-    postings = collect(sae, stream)
-    assert int(postings.counts_F.sum()) == int(sae.encode_contexts(stream.fetch(torch.arange(len(contexts)), list(stream.widths))[
+    assert index(sae, stream, tmp_path / "features").num_entries == int(sae.encode_contexts(stream.fetch(torch.arange(len(contexts)), list(stream.widths))[
         "blocks.1.hook_resid_post"].values).l0().sum())  # fmt: skip
     assert 0 < evaluate(sae, tiny_lm, contexts[:8])["fvu"] < 1
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from saebench.errors import UserError
-from saebench.kernels import cpu, posting_statistics, stock, use_implementation
+from saebench.kernels import arrays, cpu, stock, use_implementation
 from saebench.kernels.cpu import build
 from saebench.kernels.implementations import primitives_for
 from saebench.kernels.posting_statistics import Coactivation, coactivation, merge_runs, moments, top_tokens
@@ -304,7 +304,7 @@ def test_without_a_compiler_numpy_serves(monkeypatch):
     made = corpus("hard")
     with use_implementation("reference"):
         expected = everything(made, (70,))
-    monkeypatch.setattr(posting_statistics, "primitives_for", lambda tensor: stock)
+    monkeypatch.setattr(arrays, "primitives_for", lambda tensor: stock)
     monkeypatch.setattr(cpu, "library", lambda: pytest.fail("compiled kernels were asked for"))
     for ours, theirs in zip(everything(made, (70,)), expected, strict=True):
         assert_same(ours, theirs)
@@ -312,7 +312,7 @@ def test_without_a_compiler_numpy_serves(monkeypatch):
     def refuse(tensor):
         raise UserError("there is no C++ compiler")
 
-    monkeypatch.setattr(posting_statistics, "primitives_for", refuse)
+    monkeypatch.setattr(arrays, "primitives_for", refuse)
     with use_implementation("cpu"), pytest.raises(UserError, match="no C\\+\\+ compiler"):
         everything(made, (70,))
 

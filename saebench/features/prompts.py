@@ -1,0 +1,132 @@
+"""What fires on a text that is in no store: the model is run on it and the dictionary reads along.
+
+Shape suffixes: `T` tokens of the text, `N` entries, `C` contexts, `S` positions, `D` width of what is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saebench.dictionaries import Dictionary
+from saebench.errors import UserError
+from saebench.features.examples import Example
+from saebench.lm import LanguageModel
+
+MAX_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class PromptCodes:
+    """The codes of a text: entries starts[t] to starts[t + 1] are those of token t, largest (in size) first. Nothing fires on the first
+    token, which is put before the text where the tokenizer has one for that."""
+
+    ids: list[int]
+    tokens: list[str]
+    """The text of each token."""
+    starts: np.ndarray
+    latents: np.ndarray
+    values: np.ndarray
+    added: int
+    """Tokens put before the text: 1, or 0 for a tokenizer that has none for that."""
+    left_out: int
+    """Tokens at the end of the text for which there was no room."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def strongest(self, token: int, count: int = 10) -> list[tuple[int, float]]:
+        """The latents that fire most strongly on a token, with their values."""
+        part = slice(self.starts[token], min(self.starts[token + 1], self.starts[token] + count))
+        return list(zip(self.latents[part].tolist(), self.values[part].tolist(), strict=True))
+
+    def by_latent(self, latent: int) -> np.ndarray:
+        """The value of a latent on each token, 0 where it is silent: [T]."""
+        values_T = np.zeros(len(self), dtype=np.float32)
+        places_N = np.flatnonzero(self.latents == latent)
+        values_T[np.searchsorted(self.starts, places_N, side="right") - 1] = self.values[places_N]
+        return values_T
+
+    def top_latents(self, count: int = 20, by: Literal["max", "sum"] = "max") -> list[tuple[int, float]]:
+        """The latents with the largest value on any token, or the largest sum (in size, where values have a sign), with that figure."""
+        if by == "max":
+            order_N = np.argsort(-np.abs(self.values), kind="stable")
+            found, first = np.unique(self.latents[order_N], return_index=True)
+            figures = self.values[order_N[first]]
+        else:
+            found, place_N = np.unique(self.latents, return_inverse=True)
+            figures = np.bincount(place_N, weights=self.values, minlength=len(found))
+        order = np.argsort(-np.abs(figures), kind="stable")[:count]
+        return list(zip(found[order].tolist(), figures[order].tolist(), strict=True))
+
+    def example(self, latent: int) -> Example:
+        """The text with the values of a latent, its strongest firing in focus."""
+        values_T = self.by_latent(latent)
+        return Example(ids=self.ids, values=values_T.tolist(), focus=int(np.abs(values_T).argmax()), document="")
+
+
+def read_prompt(
+    lm: LanguageModel, dictionary: Dictionary, text: str, max_tokens: int = MAX_TOKENS, *, sites: Sequence[str] | None = None
+) -> PromptCodes:
+    """Run the model on a text and encode what the dictionary reads, or what stands at `sites`, as a store names them.
+
+    A BOS token, or for tokenizers without one the token that ends documents, is put before the text. What exceeds `max_tokens`, or the
+    model's positions, is left out. Raises UserError for a text without tokens, and for a dictionary that names no site.
+    """
+    ids, added = tokenise(lm, text)
+    if len(ids) == added:
+        raise UserError("the text has no tokens: type something")
+    room = min(max_tokens, lm.max_context or max_tokens)
+    kept = ids[:room]
+    tokens_N, latents_N, values_N = encode_ids(lm, dictionary, torch.tensor([kept]), sites)
+    order_N = np.lexsort((-np.abs(values_N), tokens_N))
+    counts_T = np.bincount(tokens_N, minlength=len(kept))
+    return PromptCodes(
+        ids=kept,
+        tokens=[lm.token_strings[i] for i in kept],
+        starts=np.concatenate([[0], np.cumsum(counts_T)]),
+        latents=latents_N[order_N],
+        values=values_N[order_N],
+        added=added,
+        left_out=len(ids) - len(kept),
+    )
+
+
+def feature_on_text(
+    lm: LanguageModel, dictionary: Dictionary, latent: int, text: str, *, sites: Sequence[str] | None = None
+) -> Example:
+    """A text with the values of one latent on each token, its strongest firing in focus. Raises UserError as `read_prompt` does, and for
+    an unknown latent."""
+    if not 0 <= latent < dictionary.config.d_sae:
+        raise UserError(f"latent {latent} is not one of the {dictionary.config.d_sae:,}, counted from 0")
+    return read_prompt(lm, dictionary, text, sites=sites).example(latent)
+
+
+def tokenise(lm: LanguageModel, text: str) -> tuple[list[int], int]:
+    """The tokens of a text as a document begins in a corpus, and how many of them were put before it."""
+    tokenizer = lm.tokenizer
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return (ids, 0) if first is None else ([first, *ids], 1)
+
+
+@torch.inference_mode()
+def encode_ids(
+    lm: LanguageModel, dictionary: Dictionary, ids_CS: Tensor, sites: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The codes of some contexts: tokens [N], numbered row by row, latents [N], values [N], in the order of the tokens. Nothing fires on
+    the first token of a context. Raises UserError for a dictionary that names no site."""
+    sites = list(sites or dictionary.config.reads)
+    if not sites:
+        raise UserError("the dictionary names no site: say which sites of the model it reads")
+    read = lm.read(ids_CS, sites)
+    x_CSD = torch.cat([read[site].flatten(2).float() for site in sites], -1)
+    codes = dictionary.encode_contexts(x_CSD.to(next(dictionary.parameters()).device))
+    rows_N, latents_N, values_N = (t.cpu().numpy() for t in codes.nonzero())
+    size = ids_CS.shape[1]
+    return rows_N // (size - 1) * size + rows_N % (size - 1) + 1, latents_N.astype(np.int32), values_N
