@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "measure the dictionaries of a run",
     "index": "build the feature store of a run's dictionaries: every firing of every latent",
     "browse": "look at the features of runs in a browser on this machine",
+    "label": "say in words where latents fire, with a score on text that the words were not made from",
     "plan": "memory and time of a recipe, before running it",
     "doctor": "device, versions, kernels in use, and what is missing",
 }

@@ -228,6 +228,23 @@ class Pipeline:
         return index(dictionary, source, path, lm=self.lm, limit=limit, overwrite=overwrite)
 
 
+def feature_stores(run: Run, names: Sequence[str] | None = None) -> dict[str, FeatureStore]:
+    """The finished feature stores of a run by dictionary, or of those named. Raises UserError where there is none."""
+    found = {
+        path.parent.name: path.parent
+        for path in sorted((run.path / "features").glob(f"*/{MANIFEST}"))
+        if path.parent.name[0] != "."
+    }
+    for name in names or ():
+        if name not in found:
+            raise UserError(
+                f"{run.path} has no feature store of {name!r}: it has {', '.join(found) or 'none'}; run `saebench index {run.path}`"
+            )
+    if not found:
+        raise UserError(f"{run.path} has no feature store yet: run `saebench index {run.path}`")
+    return {name: FeatureStore(path) for name, path in found.items() if not names or name in names}
+
+
 def parts(paths: dict[str, Path]) -> Iterator[tuple[str, Dictionary]]:
     """The dictionaries that are measured and shown, by name: ID, or ID@PART for those that stand for several."""
     for name, path in paths.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     setting_argument(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
     parser.add_argument("--overwrite", action="store_true", help="start over instead of continuing or showing what is there")
-    parser.add_argument("--no-browse", action="store_true", help="end without serving the feature browser")
+    parser.add_argument(
+        "--no-browse",
+        action="store_true",
+        help="end without serving the feature browser; so does --json, and a terminal that nobody watches",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    from saebench.commands.browse import browse
     from saebench.evaluation import describe
-    from saebench.pipeline import Pipeline
+    from saebench.features.labels import label_offline
+    from saebench.pipeline import Pipeline, feature_stores
     from saebench.progress import say
     from saebench.recipes import load_recipe
     from saebench.runs import Run
@@ -33,6 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     evaluation = run.evaluation("core") or pipeline.evaluate(run)
 
     report, features = pipeline.report(run, evaluation)
+    for store in feature_stores(run).values():
+        label_offline(store)
     for name, shown in features.items():
         _show(name, shown, pipeline.lm.token_strings.__getitem__)
         say(f"{name}: {describe(evaluation[name])}")
@@ -41,6 +51,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         name: {key: value for key, value in figures.items() if key not in ("density", "intervals_95")}
         for name, figures in evaluation.items()
     }
+    watched = not (args.no_browse or args.json) and sys.stderr.isatty()
+    if watched and importlib.util.find_spec("streamlit"):
+        browse([run.path])
+    else:
+        say(f"look at the features: saebench browse {run.path}")
     return {
         "run": str(run.path),
         "report": str(report),

@@ -18,11 +18,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_TOKENS,
         help=f"tokens of the run's text to index, at most (default {DEFAULT_TOKENS:,})",
     )
+    parser.add_argument("--no-labels", action="store_true", help="leave labels to `saebench label`")
     parser.add_argument("--overwrite", action="store_true", help="replace feature stores of other tokens or an earlier training")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from saebench.errors import UserError
+    from saebench.features.labels import label_offline
     from saebench.pipeline import Pipeline
     from saebench.progress import say
     from saebench.recipes import Recipe
@@ -36,6 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for name, store in stores.items():
         alive = int((store.counts_F > 0).sum())
         say(f"{name}: {store.num_entries:,} firings of {alive:,} latents on {store.num_tokens:,} tokens in {store.path}")
+        if not args.no_labels:
+            label_offline(store)
     say(f"look at them: saebench browse {args.run}")
     return {
         "run": str(args.run),

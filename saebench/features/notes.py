@@ -1,0 +1,125 @@
+"""A person's bookmarks, own labels and notes on latents, kept beside the store in `ID.notes.json`.
+
+Two browsers may write at once: each change takes a lock, reads the file again, changes the one latent and writes the whole file in one
+step. A file that cannot be read is named and left as it is. The format is in docs/formats.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from saebench.errors import UserError
+from saebench.features.label import NOTES, beside
+from saebench.features.store import FeatureStore
+from saebench.files import read_json, write_json
+
+FORMAT, VERSION = "saebench-notes", 1
+LONGEST_LABEL, LONGEST_NOTE = 300, 20_000
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a person kept of one latent."""
+
+    bookmark: bool = False
+    label: str = ""
+    note: str = ""
+    changed: str = ""
+    """When, as YYYY-MM-DDTHH:MM:SS with the offset of the time zone."""
+
+
+class Notes:
+    """The notes on a store's latents. Reading sees what others wrote meanwhile."""
+
+    def __init__(self, path: Path, latents: int):
+        self.path, self.latents = path, latents
+        self._state: tuple[int, int] | None = None
+        self._notes: dict[int, Note] = {}
+
+    @classmethod
+    def open(cls, store: FeatureStore) -> Notes:
+        """The notes beside a store; none where there is no file yet. Raises UserError naming a damaged file."""
+        notes = cls(beside(store.path, NOTES), store.d_sae)
+        notes.all()
+        return notes
+
+    def of(self, latent: int) -> Note:
+        """What is kept of a latent; an empty note for nothing."""
+        return self.all().get(latent, Note())
+
+    def all(self) -> dict[int, Note]:
+        """All notes by latent. Raises UserError naming a damaged file."""
+        try:
+            stat = self.path.stat()
+        except FileNotFoundError:
+            return {}
+        if self._state != (stat.st_mtime_ns, stat.st_ino):  # every change makes a new file
+            self._notes, self._state = _parsed(self.path), (stat.st_mtime_ns, stat.st_ino)
+        return self._notes
+
+    def bookmarks(self) -> list[int]:
+        """The bookmarked latents, ascending."""
+        return sorted(latent for latent, note in self.all().items() if note.bookmark)
+
+    def labels(self) -> dict[int, str]:
+        """A person's own labels by latent."""
+        return {latent: note.label for latent, note in self.all().items() if note.label}
+
+    def change(self, latent: int, *, bookmark: bool | None = None, label: str | None = None, note: str | None = None) -> Note:
+        """Set what is given and leave the rest, whatever others wrote meanwhile; what is empty altogether is removed.
+
+        Returns the note as it is now. Raises UserError for an unknown latent, for text that is too long, and where the file is damaged,
+        which is then left as it is."""
+        if not 0 <= latent < self.latents:
+            raise UserError(f"latent {latent} is not one of the {self.latents:,}, counted from 0")
+        for name, text, longest in (("label", label, LONGEST_LABEL), ("note", note, LONGEST_NOTE)):
+            if text is not None and len(text) > longest:
+                raise UserError(f"the {name} of latent {latent} has {len(text):,} characters: {longest:,} is the most")
+        given: dict[str, Any] = {"bookmark": bookmark, "label": label and " ".join(label.split()), "note": note and note.strip()}
+        with _locked(self.path):
+            notes = dict(_parsed(self.path)) if self.path.exists() else {}
+            before = notes.pop(latent, Note())
+            after = replace(before, **{name: value for name, value in given.items() if value is not None})
+            if after == before:
+                return before
+            after = replace(after, changed=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+            if after.bookmark or after.label or after.note:
+                notes[latent] = after
+            kept = {str(number): asdict(one) for number, one in sorted(notes.items())}
+            write_json(self.path, {"format": FORMAT, "version": VERSION, "latents": kept})
+        return after
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Nobody else changes the file while the block runs. Raises UserError where it cannot be written."""
+    try:
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _parsed(path: Path) -> dict[int, Note]:
+    """The notes of a file. Raises UserError naming a damaged one."""
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is not a file of format {FORMAT}: move it away to begin anew")
+    if content.get("version") != VERSION:
+        raise UserError(f"{path} is of version {content.get('version')}; this saebench reads version {VERSION}")
+    kinds = {field.name: bool if field.name == "bookmark" else str for field in fields(Note)}
+    latents = content.get("latents")
+    whole = isinstance(latents, dict) and all(
+        number.isdecimal() and isinstance(note, dict) and {name: type(value) for name, value in note.items()} == kinds
+        for number, note in latents.items()
+    )
+    if not isinstance(latents, dict) or not whole:
+        raise UserError(f"{path} is damaged: latents is to hold a note with {', '.join(kinds)} for each number")
+    return {int(number): Note(**note) for number, note in latents.items()}
