@@ -22,11 +22,11 @@ FORMAT, VERSION = "saebench-endpoint-labels", 1
 
 
 class KeptLabels:
-    """The endpoint's labels of one store."""
+    """The endpoint's labels of one dictionary."""
 
-    def __init__(self, path: Path, store: str):
-        """`store` is the identity of the store: labels of another are left alone and not shown."""
-        self.path, self.store = path, store
+    def __init__(self, path: Path, dictionary: str):
+        """`dictionary` is its hash: labels of another are left alone and not shown. They outlive the store they were made from."""
+        self.path, self.dictionary = path, dictionary
         self._writing = threading.Lock()
 
     def read(self) -> dict[int, Label]:
@@ -39,13 +39,13 @@ class KeptLabels:
         for number, line in enumerate(lines[:-1], 1):  # behind the last line end there is nothing, or what a kill cut short
             try:
                 record = json.loads(line)
-                kind, store = (record["format"], record["version"]), record["store"]
+                kind, dictionary = (record["format"], record["version"]), record["dictionary"]
                 label = Label(**record["label"]) if kind == (FORMAT, VERSION) else None
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{self.path} is damaged in line {number}: remove that line, the others are whole") from None
             if label is None:
                 raise UserError(f"{self.path}, line {number}: not of format {FORMAT}, version {VERSION}")
-            if store == self.store:
+            if dictionary == self.dictionary:
                 found[label.latent] = label
         return found
 
@@ -64,7 +64,7 @@ class KeptLabels:
 
     def add(self, file: IO[bytes], label: Label) -> None:
         """Write one label to the disk; any thread may."""
-        record = {"format": FORMAT, "version": VERSION, "store": self.store, "label": asdict(label)}
+        record = {"format": FORMAT, "version": VERSION, "dictionary": self.dictionary, "label": asdict(label)}
         with self._writing:
             file.write(json.dumps(record).encode() + b"\n")
             file.flush()

@@ -272,4 +272,4 @@ class Labels:
 
 def kept_labels(store: FeatureStore) -> KeptLabels:
     """The endpoint's labels beside a store."""
-    return KeptLabels(beside(store.path, ENDPOINT), store.identity)
+    return KeptLabels(beside(store.path, ENDPOINT), store.config["dictionary"])

@@ -318,11 +318,12 @@ def labelling(store, server):
 @pytest.mark.slow
 def test_ctrl_c_and_again(store, server):
     """What was asked before the key was pressed is kept, answers on the way included."""
-    gate = threading.Semaphore(7)
+    gate, once = threading.Semaphore(7), threading.Semaphore(1)
 
     def held(body):
         if not gate.acquire(timeout=0):
-            os.kill(process.pid, signal.SIGINT)
+            if once.acquire(timeout=0):  # a second press would end the process at once
+                os.kill(process.pid, signal.SIGINT)
             time.sleep(0.5)
         return honest(body)
 
@@ -365,11 +366,13 @@ def test_a_damaged_line_is_named(store, server):
         Labels.open(store)
 
 
-def test_labels_of_another_store_stay_and_do_not_count(store, server, tmp_path):
+def test_labels_outlive_their_store_and_those_of_another_dictionary_stay_and_do_not_count(store, server, tmp_path):
     label_by_endpoint(store, endpoint(server), [SELF])
     rows, names = planted.corpus()
     other = planted.make(tmp_path / "other", rows, names, planted.codes(rows, seed=8))
     kept_labels(other).path.write_bytes(kept_labels(store).path.read_bytes())
+    assert other.identity != store.identity and set(kept_labels(other).read()) == {SELF}
+    other.config["dictionary"] = "another"
     assert kept_labels(other).read() == {}
     assert set(label_by_endpoint(other, endpoint(server), [UNIT])) == {UNIT}
     assert len(kept_labels(other).path.read_bytes().splitlines()) == 4
