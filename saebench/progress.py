@@ -6,6 +6,7 @@ Everything goes to standard error, so that `--json` leaves standard output to th
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def say(message: str) -> None:
 @contextmanager
 def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Report]:
     """Show progress of `total` units of work, of which `done` were done in an earlier run."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and threading.current_thread() is threading.main_thread():  # a terminal has room for one bar
         yield from _bar(what, total, unit, done)
     else:
         yield from _lines(what, total, unit, done)
