@@ -69,7 +69,7 @@ def drop(*keys: str) -> None:
 
 
 def belonging(to: str, *keys: str) -> None:
-    """Say what some keys belong to: once that is something else, what was chosen for them is forgotten, unless the query string names it."""
+    """Say what some keys belong to: once that is another thing, what was chosen for them is forgotten, unless the query string names it."""
     if st.session_state.get("belonging") != to:
         for key in keys:
             if key not in st.query_params:
@@ -103,6 +103,8 @@ def widget(make: Callable[..., Any], key: str, label: str, default: Any, *, alwa
         value = get(key, "1" if default else "0") == "1"
     elif isinstance(default, int | float):
         value = get_number(key, default)
+        value = max(value, more.get("min_value", value))
+        value = min(value, more.get("max_value", value))
     else:
         value = get(key, default)
     if always:

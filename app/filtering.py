@@ -1,6 +1,7 @@
 """Which latents are listed: what was typed and chosen on the Features page, which the Feature page goes along.
 
-The choice stands in the query string: `find`, `token`, `rare` and `frequent` (powers of ten of the density), `strongest`, `dead`, `starred`.
+The choice stands in the query string: `find`, `token`, `rare` and `frequent` (powers of ten of the density), `strongest`, `dead`,
+`starred`.
 """
 
 from __future__ import annotations

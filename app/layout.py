@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -158,10 +158,11 @@ def token_chip(text: str, aside: str = "", *, href: str = "", shade: float = 0.0
 # --- contexts ---
 
 
-def contexts(examples: Iterable[Any], strongest: float, store: FeatureStore, where: Any = st) -> None:
-    """Highlighted contexts, one below the other: the value at the firing, the text, the document. `examples` have `ids`, `values`,
-    `focus`, `first` (number of the first token in the corpus), `document`, as `saebench.features.examples.Example`; shades are
-    relative to `strongest`."""
+def contexts(
+    examples: Iterable[Any], strongest: float, store: FeatureStore, where: Any = st, whole: Callable[[Any], str] | None = None
+) -> None:
+    """Highlighted contexts, one below the other: the value at the firing, the text, the document. `examples` are
+    `saebench.features.examples.Example`; shades are relative to `strongest`; `whole` gives where the whole context of one is shown."""
     rows = []
     for example in examples:
         line = html_context(
@@ -169,7 +170,10 @@ def contexts(examples: Iterable[Any], strongest: float, store: FeatureStore, whe
             focus=example.focus, first=example.first % store.context_size,
         )  # fmt: skip
         value, document = f"{example.values[example.focus]:.2f}", html.escape(example.document)
-        rows.append(f'<div class="sb-row" data-d="{document}"><b>{value}</b><div>{line}<br><small>{document}</small></div></div>')
+        link = "" if whole is None else f' <a data-go href="{html.escape(whole(example))}">context {example.context}</a>'
+        rows.append(
+            f'<div class="sb-row" data-d="{document}"><b>{value}</b><div>{line}<br><small>{document}{link}</small></div></div>'
+        )
     show(f'<div class="sb-rows">{"".join(rows)}</div>', where)
 
 
@@ -230,11 +234,12 @@ def choose_store(**options: Any) -> tuple[opening.Entry, FeatureStore]:
     """As `choose`, with the feature store opened; ends the page with what to do where there is none, or a damaged one."""
     entry = choose(**options)
     try:
-        return entry, opening.store(entry)
+        store = opening.store(entry)
     except UserError as error:
         problem(str(error))
         st.stop()
-        raise AssertionError from None
+    opening.read_ahead(entry)
+    return entry, store
 
 
 def stop(text: str) -> NoReturn:

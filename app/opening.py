@@ -177,13 +177,22 @@ def store(entry: Entry) -> FeatureStore:
 
 @st.cache_resource(show_spinner="Opening the feature store", max_entries=64)
 def _store(path: str, at: Stamp | None) -> FeatureStore:
-    opened = FeatureStore(path)
-    Thread(target=_read_ahead, args=(opened,), daemon=True).start()
-    return opened
+    return FeatureStore(path)
+
+
+def read_ahead(entry: Entry) -> None:
+    """Begin to read what pages need of any store, while the first of them is being made."""
+    _reading(entry.key, store(entry))
+
+
+@st.cache_resource(show_spinner=False, max_entries=64)
+def _reading(key: str, _store: FeatureStore) -> Thread:
+    thread = Thread(target=_read_ahead, args=(_store,), daemon=True)
+    thread.start()
+    return thread
 
 
 def _read_ahead(opened: FeatureStore) -> None:
-    """Read what pages need of any store while the first of them is being made."""
     with suppress(UserError, OSError):  # the page that needs it says so
         _ = opened.counts_F, opened.token_strings, opened.contexts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shlex
+from typing import Literal
 
 import address
 import filtering
@@ -80,7 +81,7 @@ def _head(entry: Entry, store: FeatureStore, latent: int, listed: np.ndarray) ->
 
 
 def _step(name: str, key: str, icon: str, to: np.ndarray) -> None:
-    position = "right" if name == "Next" else "left"
+    position: Literal["left", "right"] = "right" if name == "Next" else "left"
     if st.button(name, key=f"step-{name}", icon=icon, icon_position=position, shortcut=key, disabled=not len(to)):
         address.drop(*OF_ONE)
         address.put("feature", int(to[0]))

@@ -31,14 +31,14 @@ def show(entry: Entry, store: FeatureStore, latent: int, details: Details) -> No
         )  # fmt: skip
         layout.shade_key(strongest)
     if kind == "top":
-        _top(store, latent, details, strongest)
+        _top(entry, store, latent, details, strongest)
     elif kind == "strengths":
-        _strengths(store, latent, strongest)
+        _strengths(entry, store, latent, strongest)
     else:
         _both(entry, store, latent, details, strongest)
 
 
-def _top(store: FeatureStore, latent: int, details: Details, strongest: float) -> None:
+def _top(entry: Entry, store: FeatureStore, latent: int, details: Details, strongest: float) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         tokens = [ANY, *(token for token, *_ in details.tokens)]
         asked = address.get_number("on", ANY)
@@ -47,12 +47,12 @@ def _top(store: FeatureStore, latent: int, details: Details, strongest: float) -
         name = lambda token: "any token" if token == ANY else alone(store.token_strings[token])  # noqa: E731
         on = address.widget(st.selectbox, "on", "Firing on", ANY, options=tokens, format_func=name, width=180)
         text = address.widget(st.text_input, "with", "With the text", "", placeholder="anywhere in the context shown", width=260)
-    wanted = address.get_number("count", COUNT)
+    wanted = max(1, address.get_number("count", COUNT))
     found = examples(store, latent, None if on == ANY else on, text, wanted + 1)
     if not found:
         layout.empty(f"None of the {SEARCHED} strongest contexts has this text." if text else "It never fires on this token.")
         return
-    layout.contexts(found[:wanted], strongest, store)
+    _contexts(entry, store, latent, found[:wanted], strongest)
     if len(found) > wanted and st.button("More", key="more", icon=":material/expand_more:"):
         address.put("count", wanted + STEP, COUNT)
         address.rerun()
@@ -67,12 +67,12 @@ def examples(store: FeatureStore, latent: int, token: int | None, text: str, cou
     return [e for e in found if wanted in "".join(strings[i] for i in e.ids).casefold()][:count]
 
 
-def _strengths(store: FeatureStore, latent: int, strongest: float) -> None:
+def _strengths(entry: Entry, store: FeatureStore, latent: int, strongest: float) -> None:
     for group in quantile_groups(store, latent):
         layout.heading(
             f"{group.low:.2f} to {group.high:.2f}", f"{group.firings:,} firings, of which {len(group.examples)} drawn at random"
         )
-        layout.contexts(group.examples, strongest, store)
+        _contexts(entry, store, latent, group.examples, strongest)
 
 
 def _both(entry: Entry, store: FeatureStore, latent: int, details: Details, strongest: float) -> None:
@@ -90,7 +90,16 @@ def _both(entry: Entry, store: FeatureStore, latent: int, details: Details, stro
         layout.empty("The two never fire on the same token.")
         return
     layout.heading(f"{figures.tokens:,} tokens on which both fire", "the strongest; shades are this feature's")
-    layout.contexts(found, strongest, store)
+    _contexts(entry, store, latent, found, strongest)
+
+
+def _contexts(entry: Entry, store: FeatureStore, latent: int, found: list[Example], strongest: float) -> None:
+    """Contexts, each with a link to the whole of it."""
+
+    def whole(example: Example) -> str:
+        return address.link("corpus", run=entry.run.name, dictionary=entry.name, context=example.context, seen=latent)
+
+    layout.contexts(found, strongest, store, whole=whole)
 
 
 # --- files ---
@@ -102,9 +111,15 @@ def page(entry: Entry, store: FeatureStore, latent: int) -> str:
     details = store.details(latent)
     near = {other for other, *_ in (*details.neighbours, *details.read_neighbours, *details.coactive)}
     return feature_page(
-        store, latent, name=f"{entry.run.name} / {entry.name}", examples=top_examples(store, latent, 20), groups=quantile_groups(store, latent),
-        label=opening.labels(entry).of(latent), note=opening.notes(entry).of(latent).note, labels={other: texts[other] for other in near},
-    )  # fmt: skip
+        store,
+        latent,
+        name=f"{entry.run.name} / {entry.name}",
+        examples=top_examples(store, latent, 20),
+        groups=quantile_groups(store, latent),
+        label=opening.labels(entry).of(latent),
+        note=opening.notes(entry).of(latent).note,
+        labels={other: texts[other] for other in near},
+    )
 
 
 def table(store: FeatureStore, latent: int) -> str:

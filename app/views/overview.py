@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from contextlib import suppress
 from typing import Any
 
 import address
@@ -40,7 +41,10 @@ def _count(number: int, one: str, many: str = "") -> str:
 
 
 def _figures(entry: Entry) -> dict[str, Any]:
-    return opening.evaluation(entry.run).get(entry.name, {})
+    """Its figures; nothing where they are not measured, or damaged, which the table says."""
+    with suppress(UserError):
+        return opening.evaluation(entry.run).get(entry.name, {})
+    return {}
 
 
 def _dictionaries(entries: list[Entry]) -> None:
@@ -48,7 +52,7 @@ def _dictionaries(entries: list[Entry]) -> None:
     last = None
     for entry in entries:
         try:
-            figures, config = _figures(entry), opening.config(entry)
+            figures, config = opening.evaluation(entry.run).get(entry.name, {}), opening.config(entry)
         except UserError as error:
             layout.problem(f"{entry.run.name} / {entry.name}: {error}")
             continue
@@ -58,7 +62,7 @@ def _dictionaries(entries: list[Entry]) -> None:
             "" if entry.run.name == last else html.escape(entry.run.name),
             layout.a(entry.name, "features", run=entry.run.name, dictionary=entry.name),
             html.escape(config.architecture),
-            html.escape(sites),
+            f'<span class="sb-wrap">{html.escape(sites)}</span>',
             f"{config.d_sae:,}",
             cell("l0", ".1f"),
             cell("fvu", ".4f"),
@@ -79,7 +83,7 @@ def _indexed(entry: Entry) -> str:
     if not entry.indexed:
         return '<span class="sb-dim">not indexed</span>'
     try:
-        return f"over {opening.store(entry).num_tokens:,} tokens"
+        return f"{opening.store(entry).num_tokens:,} tokens"
     except UserError as error:
         return f'<span class="sb-bad" title="{html.escape(str(error))}">damaged: index it again</span>'
 
@@ -129,7 +133,8 @@ def _training(entry: Entry) -> None:
     if not rows:
         layout.empty("The run has no training log.")
         return
-    layout.plot(training_curves(rows), key="training")
+    legend = {"orientation": "h", "x": 0, "y": 1.06, "yanchor": "bottom"}
+    layout.plot(training_curves(rows).update_layout(legend=legend, margin={"t": 70}), key="training")
 
 
 def _provenance(entry: Entry) -> None:

@@ -16,6 +16,7 @@ from saebench.errors import UserError
 
 PORT = 8501
 PLACES = (Path(__file__).parent.parent / "_app", Path(__file__).parent.parent.parent / "app")
+HOSTS = ("127.0.0.1", "localhost")  # as which it answers: other names that lead here are somebody else's doing
 OPTIONS = {
     "server.address": "127.0.0.1",
     "server.enableCORS": "true",
@@ -86,6 +87,7 @@ def command(runs: list[Path], port: int, window: bool) -> list[str]:
     display = sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
     options = OPTIONS | {"server.port": str(port), "server.headless": "false" if window and display else "true"}
     flags = [f"--{name}={value}" for name, value in options.items()]
+    flags += [f"--server.allowedHosts={name}" for name in HOSTS]
     return [sys.executable, "-m", "streamlit", "run", str(app()), *flags, "--", *(str(path.resolve()) for path in runs)]
 
 

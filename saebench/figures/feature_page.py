@@ -23,19 +23,23 @@ from saebench.figures.tokens import alone, html_context
 STYLE = """
 :root { color-scheme: light dark; --hot: 213, 94, 0; --cold: 0, 114, 178; --line: rgba(128,128,128,.3); --soft: rgba(128,128,128,.1); }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; } h2 small, .dim { opacity: .7; font-weight: 400; font-size: .85rem; }
+h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+h2 small, .dim { opacity: .7; font-weight: 400; font-size: .85rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); gap: .6rem; margin: 1rem 0; }
 .figures div { background: var(--soft); border-radius: 8px; padding: .5rem .8rem; } .figures b { display: block; font-size: 1.1rem; }
 .figures small { opacity: .7; } .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 0 2rem; }
 .row { display: grid; grid-template-columns: 4.2rem minmax(0, 1fr); gap: 0 .8rem; border-top: 1px solid var(--line); padding: .4rem 0; }
 .row > b { text-align: right; font-variant-numeric: tabular-nums; } .row small { opacity: .65; font-size: .75rem; }
 .sb-context { font: .85rem/1.75 ui-monospace, monospace; white-space: break-spaces; }
-.sb-context i { font-style: normal; border-radius: 3px; background: rgba(var(--hot), calc(.14 + .72 * var(--a))); position: relative; }
-.sb-context i.cold { background: rgba(var(--cold), calc(.14 + .72 * var(--a))); } .sb-context i.focus { outline: 1.5px solid currentColor; }
-.sb-context i:hover::after { content: "activation " attr(data-v) ", position " attr(data-p); position: absolute; left: 0; bottom: 1.7em; z-index: 1;
-  white-space: pre; background: #1d2027; color: #f4f4f4; padding: .2rem .5rem; border-radius: 5px; font: .75rem system-ui, sans-serif; }
-.chip { display: inline-block; border: 1px solid var(--line); border-radius: 1rem; padding: .05rem .55rem; margin: .12rem .1rem; font-size: .85rem; }
-.chip code { font-family: ui-monospace, monospace; white-space: pre; } .chip small { opacity: .7; } svg { width: 100%; height: auto; } svg text { fill: currentColor; opacity: .7; }
+.sb-context i { font-style: normal; border-radius: 3px; position: relative; background: rgba(var(--hot), calc(.14 + .72 * var(--a))); }
+.sb-context i.cold { background: rgba(var(--cold), calc(.14 + .72 * var(--a))); }
+.sb-context i.focus { outline: 1.5px solid currentColor; }
+.sb-context i:hover::after { content: "activation " attr(data-v) ", position " attr(data-p); position: absolute; left: 0; bottom: 1.7em;
+  z-index: 1; white-space: pre; background: #1d2027; color: #f4f4f4; padding: .2rem .5rem; border-radius: 5px;
+  font: .75rem system-ui, sans-serif; }
+.chip { display: inline-block; border: 1px solid var(--line); border-radius: 1rem; padding: .05rem .55rem; margin: .12rem .1rem; }
+.chip { font-size: .85rem; } .chip code { font-family: ui-monospace, monospace; white-space: pre; } .chip small { opacity: .7; }
+svg { width: 100%; height: auto; } svg text { fill: currentColor; opacity: .7; }
 """
 
 
@@ -93,7 +97,7 @@ def feature_page(
         f'<div class="figures">{figures}</div>',
     ]  # fmt: skip
     if details.histogram.sum():
-        parts.append(f'<div class="two"><div><h2>Activations</h2>{_activations(details)}</div><div><h2>Position in the context</h2>'
+        parts.append(f'<div class="two"><div><h2>Activations <small>firings by value, logarithmic</small></h2>{_activations(details)}</div><div><h2>Position in the context</h2>'
                      f"{_positions(details, store)}</div></div>")  # fmt: skip
     parts.append(f"<h2>Strongest contexts</h2>{_rows(examples, strongest, store)}")
     for group in groups:
@@ -171,12 +175,15 @@ def _bars(heights: np.ndarray, colours: Sequence[str], says: Sequence[str], left
     """Bars as SVG, 500 by 120, with what each says when pointed at."""
     width, tallest = 500 / len(heights), float(heights.max()) or 1.0
     bars = "".join(
-        f'<rect x="{i * width:.2f}" y="{110 - 105 * height / tallest:.2f}" width="{width * 0.94:.2f}" height="{105 * height / tallest:.2f}" '
-        f'fill="{colour}"><title>{html.escape(text)}</title></rect>'
-        for i, (height, colour, text) in enumerate(zip(heights.tolist(), colours, says, strict=True))
+        f'<rect x="{i * width:.2f}" y="{110 - height:.2f}" width="{width * 0.94:.2f}" height="{height:.2f}" fill="{colour}">'
+        f"<title>{html.escape(text)}</title></rect>"
+        for i, (height, colour, text) in enumerate(zip((105 * heights / tallest).tolist(), colours, says, strict=True))
     )
     line = '<line x1="0" x2="500" y1="110.5" y2="110.5" stroke="currentColor" stroke-opacity=".4"/>'
-    ends = f'<text x="0" y="126" font-size="12">{html.escape(left)}</text><text x="500" y="126" font-size="12" text-anchor="end">{html.escape(right)}</text>'
+    ends = "".join(
+        f'<text x="{x}" y="126" font-size="12" text-anchor="{anchor}">{html.escape(text)}</text>'
+        for x, anchor, text in ((0, "start", left), (500, "end", right))
+    )
     return f'<svg viewBox="0 0 500 130" role="img">{bars}{line}{ends}</svg>'
 
 
@@ -184,7 +191,7 @@ CSV_HEADS = ("group", "value", "token_number", "context", "position", "document"
 
 
 def examples_csv(store: FeatureStore, groups: Mapping[str, Sequence[Example]]) -> str:
-    """Examples as CSV, by the name of their group. Texts are JSON strings, so that white space is kept and nothing is taken for a formula."""
+    """Examples as CSV, by the name of their group. Texts are JSON strings: white space is kept, and nothing is taken for a formula."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(CSV_HEADS)

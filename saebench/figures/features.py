@@ -6,6 +6,7 @@ Shape suffixes: `F` latents shown, `H` heads, `S` source positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -91,8 +92,9 @@ def latent_map(
     others: tuple[np.ndarray, np.ndarray] | None = None,
     height: int = 640,
 ) -> go.Figure:
-    """Latents in the plane, coloured by log10 density or by cluster (-1 in grey); `customdata` is the latent. `names_F` are escaped already;
-    `others` lie behind, in grey."""
+    """Latents in the plane, coloured by log10 density or by cluster (-1 in grey); `customdata` is the latent. `names_F` are escaped
+    already; `others` lie behind, in grey."""
+    marker: dict[str, Any]
     figure = go.Figure()
     size = float(np.clip(600 / max(1.0, len(latents_F) ** 0.5), 3, 8))
     if others is not None and len(others[0]):
@@ -106,15 +108,14 @@ def latent_map(
             )
         )
     if by_cluster:
-        palette = np.array([*PALETTE, GREY])
-        marker = {"color": palette[np.where(colours_F < 0, len(PALETTE), colours_F % len(PALETTE))]}
+        colours = [*PALETTE, GREY]
+        steps = [[(i + end) / len(colours), colour] for i, colour in enumerate(colours) for end in (0, 1)]
+        number_F = np.where(colours_F < 0, len(PALETTE), colours_F % len(PALETTE))
+        marker = {"color": number_F, "colorscale": steps, "cmin": -0.5, "cmax": len(colours) - 0.5}
     else:
-        bar = {
-            "title": {"text": "fires on"},
-            "thickness": 12,
-            "tickvals": list(range(-7, 1)),
-            "ticktext": [_share(i) for i in range(-7, 1)],
-        }
+        powers = list(range(-7, 1))
+        bar = {"title": {"text": "fires on"}, "thickness": 10, "len": 0.6, "outlinewidth": 0}
+        bar |= {"tickvals": powers, "ticktext": [_share(power) for power in powers]}
         low, high = np.percentile(colours_F, (1, 99)) if len(colours_F) else (0, 1)
         marker = {"color": colours_F, "colorscale": "Viridis", "cmin": low, "cmax": high, "colorbar": bar}
     points = go.Scattergl(

@@ -35,8 +35,8 @@ def frontier(points: Sequence[Placed], lower_is_better: bool) -> list[Placed]:
 
 
 def pareto(points: Sequence[Placed], name: str, *, lower_is_better: bool, chosen: tuple[str, str] | None = None) -> go.Figure:
-    """The figure against L0, colours by run and symbols by architecture, with a line along those that nothing beats. `customdata` of a point is
-    its run and dictionary; `chosen` is circled."""
+    """The figure against L0, colours by run and symbols by architecture, with a line along those that nothing beats. `customdata` of a
+    point is its run and dictionary; `chosen` is circled."""
     figure = go.Figure()
     best = frontier(points, lower_is_better)
     line = {"color": "rgba(128,128,128,0.6)", "width": 1.5, "dash": "dot"}

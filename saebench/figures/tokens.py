@@ -75,8 +75,8 @@ def html_context(
     focus: int | None = None,
     first: int | None = None,
 ) -> str:
-    """Tokens as they follow each other, as HTML: each firing is an `<i>` with its shade `--a` from 0 to 1, its value `data-v`, and `data-p`,
-    its position in the context, where the position of the first token is given. Values below zero have the class `cold`."""
+    """Tokens as they follow each other, as HTML. Each firing is an `<i>` with its shade `--a` from 0 to 1, its value `data-v` and, where
+    the position of the first token is given, its own as `data-p`. Values below zero have the class `cold`."""
     parts = []
     for number, (token, value) in enumerate(zip(ids, values, strict=True)):
         text = html.escape(visible(text_of(token)))

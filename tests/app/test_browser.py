@@ -294,7 +294,9 @@ def test_the_list_as_csv(visit, store):
     for row in rows:
         latent = int(row["latent"])
         assert float(row["density"]) == pytest.approx(store.density_F[latent], rel=1e-5)
-        assert row["top token"].strip('"') == alone(store.token_strings[top[latent]]).replace("\\", "\\\\").replace('"', '\\"').strip('"')
+        assert row["top token"].strip('"') == alone(store.token_strings[top[latent]]).replace("\\", "\\\\").replace(
+            '"', '\\"'
+        ).strip('"')
 
 
 def test_a_damaged_store_is_named_and_the_others_open(visit):

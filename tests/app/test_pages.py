@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -250,7 +251,7 @@ def test_the_table_that_is_sent(opened, stores):
             np.testing.assert_array_equal(found, expected)
         else:
             ends = np.frombuffer(packed, np.uint32, 49, first)
-            found = [packed[rest[0] + a : rest[0] + b].decode() for a, b in zip(ends, ends[1:], strict=False)]
+            found = [packed[rest[0] + a : rest[0] + b].decode() for a, b in itertools.pairwise(ends)]
             assert found == [text or "" for text in table[column["name"]].to_pylist()]
     np.testing.assert_allclose(table["density"].to_numpy(), store.density_F, rtol=1e-6)
     assert HOSTILE in table["label"].to_pylist()[LABELLED]
@@ -269,7 +270,9 @@ def test_the_overview_names_every_dictionary_and_what_it_lacks(opened, hostile_r
 
 def test_a_dictionary_without_a_store_says_what_to_do(opened, hostile_run):
     assert any(f"saebench index {hostile_run.path}" in text for text in problems(opened("features", dictionary="other")))
-    assert any(f"saebench index {hostile_run.path}" in text for text in problems(opened("feature", dictionary="other", feature=1)))
+    assert any(
+        f"saebench index {hostile_run.path}" in text for text in problems(opened("feature", dictionary="other", feature=1))
+    )
 
 
 @pytest.fixture
@@ -283,7 +286,10 @@ def damaged(hostile_run, tmp_path):
 
 
 def test_a_damaged_store_is_named_and_the_others_open(opened, damaged):
-    assert any("postings-00000.parquet" in text and "damaged" in text for text in problems(opened("features", runs=[damaged], dictionary="b")))
+    assert any(
+        "postings-00000.parquet" in text and "damaged" in text
+        for text in problems(opened("features", runs=[damaged], dictionary="b"))
+    )
     assert not problems(opened("features", runs=[damaged], dictionary="a"))
     assert "damaged: index it again" in text_of(opened("overview", runs=[damaged]))
 
@@ -312,6 +318,38 @@ def test_runs_of_one_name_are_told_apart(opened, hostile_run, tmp_path):
     assert f"again/{hostile_run.path.name}" in text and "2 runs, 6 dictionaries" in text
 
 
+def test_a_store_that_is_replaced_is_opened_anew(opened, damaged):
+    assert "48 latents" in text_of(opened("features", runs=[damaged], dictionary="a"))
+    shutil.rmtree(damaged / "features" / "b")
+    (damaged / "features" / "a").rename(damaged / "features" / "b")
+    test = opened("features", runs=[damaged], dictionary="b")
+    assert not problems(test) and "48 latents" in text_of(test)
+    assert any("saebench index" in text for text in problems(opened("features", runs=[damaged], dictionary="a")))
+
+
+def test_damaged_figures_and_notes_are_named(opened, damaged):
+    (damaged / "evals" / "core.json").write_text("[]")
+    test = opened("overview", runs=[damaged])
+    assert any("core.json is damaged" in text for text in problems(test)) and "Training of" in text_of(test)
+    (damaged / "features" / "a.notes.json").write_text("{")
+    assert any("a.notes.json" in text for text in problems(opened("feature", runs=[damaged], dictionary="a", feature=1)))
+
+
+@pytest.mark.parametrize("page", ["overview", "features", "feature"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"feature": "abc", "count": "-3", "on": "99999", "show": "?"},
+        {"feature": "2", "show": "both", "other": "100000"},
+        {"rare": "x", "frequent": "9", "strongest": "-1", "view": "<b>", "sort": "nothing-", "find": "<b>", "token": "("},
+        {"run": "", "dictionary": "../../a", "compared": "x", "try": "\x00", "with": "(["},
+    ],
+)
+def test_no_address_breaks_a_page(opened, page, params):
+    test = opened(page, **({"dictionary": "a"} | params))
+    assert not any("stopped at an error" in text for text in problems(test))
+
+
 def test_hostile_texts_are_text(opened, stores):
     """No tag, handler or link of the data survives in what is sent as HTML."""
     for name in ("a", "b"):
@@ -331,7 +369,25 @@ class Harmless(HTMLParser):
             assert name != "href" or re.match(r"(feature|features|corpus)\?", value), value
 
 
-TAGS = {"div", "h1", "span", "small", "b", "br", "i", "a", "table", "thead", "tbody", "tr", "th", "td", "code", "details", "summary"}
+TAGS = {
+    "div",
+    "h1",
+    "span",
+    "small",
+    "b",
+    "br",
+    "i",
+    "a",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "code",
+    "details",
+    "summary",
+}
 ATTRIBUTES = {"class", "style", "href", "title", "role", "data-go", "data-v", "data-p", "data-d", "data-n"}
 
 
