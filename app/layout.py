@@ -123,7 +123,12 @@ def plot(figure: Any, key: str, *, select: bool = False) -> list[dict[str, Any]]
     """A figure of `saebench.figures`; with `select` the points that were clicked."""
     bar = {"bgcolor": "rgba(0,0,0,0)", "color": "rgba(128,128,128,0.6)", "activecolor": "rgba(128,128,128,1)"}
     figure.update_layout(font_family='"Source Sans", system-ui, sans-serif', modebar=bar)
-    config = {"displaylogo": False, "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d"]}
+    image = {"filename": key, "format": "png", "scale": 2}
+    config = {
+        "displaylogo": False,
+        "modeBarButtonsToRemove": ["lasso2d", "select2d", "autoScale2d"],
+        "toImageButtonOptions": image,
+    }
     if not select:
         st.plotly_chart(figure, theme=None, key=key, config=config)
         return []

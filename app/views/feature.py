@@ -77,7 +77,8 @@ def _head(entry: Entry, store: FeatureStore, latent: int, listed: np.ndarray) ->
         _own(entry, latent)
         _export(entry, store, latent)
         if len(listed) < store.d_sae:
-            layout.show(f'<span class="sb-dim">among {len(listed):,} {layout.a("listed", "features", run=entry.run.name)}</span>')
+            link = layout.a("listed", "features", run=entry.run.name, dictionary=entry.name)
+            layout.show(f'<span class="sb-dim">among {len(listed):,} {link}</span>')
 
 
 def _step(name: str, key: str, icon: str, to: np.ndarray) -> None:

@@ -97,8 +97,9 @@ def feature_page(
         f'<div class="figures">{figures}</div>',
     ]  # fmt: skip
     if details.histogram.sum():
-        parts.append(f'<div class="two"><div><h2>Activations <small>firings by value, logarithmic</small></h2>{_activations(details)}</div><div><h2>Position in the context</h2>'
-                     f"{_positions(details, store)}</div></div>")  # fmt: skip
+        values = f"<h2>Activations <small>firings by value, logarithmic</small></h2>{_activations(details)}"
+        places = f"<h2>Position in the context</h2>{_positions(details, store)}"
+        parts.append(f'<div class="two"><div>{values}</div><div>{places}</div></div>')
     parts.append(f"<h2>Strongest contexts</h2>{_rows(examples, strongest, store)}")
     for group in groups:
         parts.append(f"<h2>{group.low:.3g} to {group.high:.3g} <small>{group.firings:,} firings</small></h2>")

@@ -284,6 +284,26 @@ def test_exports_are_whole_and_work_offline(visit, chromium, store, tmp_path):
     assert not found
 
 
+def test_a_figure_as_png(visit, store):
+    page = visit(f"feature?run=small&dictionary=a&feature={int(np.argmax(store.counts_F))}")
+    plot = page.locator(".js-plotly-plot").first
+    plot.hover()
+    with page.expect_download() as download:
+        plot.locator("[data-title*='Download']").click()
+    assert download.value.suggested_filename == "activations.png"
+    assert download.value.path().read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_typing_is_not_taken_for_a_shortcut(visit, store):
+    latent = int(np.flatnonzero(store.counts_F)[3])
+    page = visit(f"feature?run=small&dictionary=a&feature={latent}")
+    page.get_by_label("Your text").press_sequentially("n p n")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_url(re.compile("try=n"))
+    settle(page)
+    assert f"feature={latent}&" in page.url + "&"
+
+
 def test_the_list_as_csv(visit, store):
     page = visit("features?run=small&dictionary=a")
     with page.expect_download() as download:
