@@ -12,7 +12,7 @@ import opening
 from opening import Entry
 
 from saebench.errors import UserError
-from saebench.features.labels import NEVER, NO_PATTERN, SELDOM
+from saebench.features.labelling.labels import NEVER, NO_PATTERN, SELDOM
 from saebench.features.store import FeatureStore
 from saebench.figures.tokens import alone
 

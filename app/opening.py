@@ -19,8 +19,8 @@ import streamlit as st
 
 from saebench.dictionaries import Dictionary, DictionaryConfig, load_dictionary, parse_dictionary
 from saebench.errors import UserError
-from saebench.features.labels import Labels, read_offline
-from saebench.features.notes import Notes
+from saebench.features.labelling.labels import Labels, read_offline
+from saebench.features.labelling.notes import Notes
 from saebench.features.store import FeatureStore
 from saebench.files import MANIFEST, read_json
 from saebench.lm import LanguageModel, load_lm

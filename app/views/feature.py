@@ -16,7 +16,7 @@ from naming import names
 from opening import Entry
 from views import feature_examples, feature_live
 
-from saebench.features.labels import NEVER, NO_PATTERN, SELDOM
+from saebench.features.labelling.labels import NEVER, NO_PATTERN, SELDOM
 from saebench.features.store import Details, FeatureStore
 from saebench.figures.feature_page import key_figures, label_line
 from saebench.figures.features import activation_histogram, firing_by_position

@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from saebench.commands.browse import browse
     from saebench.evaluation import describe
-    from saebench.features.labels import label_offline
+    from saebench.features.labelling.labels import label_offline
     from saebench.pipeline import Pipeline, feature_stores
     from saebench.progress import say
     from saebench.recipes import load_recipe

@@ -24,7 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from saebench.errors import UserError
-    from saebench.features.labels import label_offline
+    from saebench.features.labelling.labels import label_offline
     from saebench.pipeline import Pipeline
     from saebench.progress import say
     from saebench.recipes import Recipe

@@ -59,7 +59,7 @@ def _latents(text: str | None, store: FeatureStore) -> list[int] | None:
 
 
 def _offline(args: argparse.Namespace, name: str, store: FeatureStore, latents: Sequence[int] | None) -> dict[str, Any]:
-    from saebench.features.labels import label_offline, labels_path
+    from saebench.features.labelling.labels import label_offline, labels_path
     from saebench.progress import say
 
     labels = label_offline(store, latents, overwrite=args.overwrite)
@@ -69,8 +69,8 @@ def _offline(args: argparse.Namespace, name: str, store: FeatureStore, latents: 
 
 def _by_endpoint(args: argparse.Namespace, name: str, store: FeatureStore, latents: Sequence[int] | None) -> dict[str, Any]:
     from saebench.errors import UserError
-    from saebench.features.endpoint import Endpoint, estimate, label_by_endpoint
-    from saebench.features.labels import kept_labels
+    from saebench.features.labelling.endpoint import Endpoint, estimate, label_by_endpoint
+    from saebench.features.labelling.labels import kept_labels
     from saebench.progress import say
 
     if latents is None:

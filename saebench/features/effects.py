@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from saebench.dictionaries import Dictionary
-from saebench.kernels import encode_topk
 from saebench.dictionaries.attention_output import SITE as ATTENTION_OUTPUT
+from saebench.kernels import encode_topk
 from saebench.lm.unembedding import writes_residual
 
 EMPTY = -1
@@ -54,8 +54,8 @@ def encoder_rows(dictionary: Dictionary) -> Tensor | None:
 
 class LogitEffects:
     """What one unit of a latent adds to the logits through the final norm, its scale taken as 1, relative to the mean over the vocabulary:
-    (d centred if the norm centres) * gain . W_U. For dictionaries that write the residual stream, or what a layer adds to it; heads' outputs go
-    through their layer's output matrix first; several sites count together. Others have no direct effect."""
+    (d centred if the norm centres) * gain . W_U. For dictionaries that write the residual stream, or what a layer adds to it; heads'
+    outputs go through their layer's output matrix first; several sites count together. Others have no direct effect."""
 
     def __init__(self, dictionary: Dictionary, lm: Any):
         self.rows_FD = None if lm is None else _residual_rows(dictionary, lm)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 FORMAT, VERSION = "saebench-features", 1
 FIELDS = {
-    "complete", "config", "num_contexts", "num_tokens", "num_entries", "d_sae", "chunk_contexts", "ranges", "value_scale", "rounding", "sizes",
+    "complete", "config", "num_contexts", "num_tokens", "num_entries", "d_sae", "chunk_contexts", "ranges", "value_scale",
+    "rounding", "sizes",
 }  # fmt: skip
 
 TOKENS, DOCUMENTS, VOCABULARY = "tokens.parquet", "documents.parquet", "vocabulary.parquet"

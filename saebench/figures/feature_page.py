@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from saebench.features.examples import Example, ExampleGroup
-from saebench.features.labels import Label
+from saebench.features.labelling.labels import Label
 from saebench.features.store import Details, FeatureStore
 from saebench.figures.features import position_rates, shade
 from saebench.figures.plots import PALETTE

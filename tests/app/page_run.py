@@ -12,7 +12,7 @@ from helpers import SENTENCE
 import saebench as sb
 from saebench.activations import ActivationStream
 from saebench.features import index
-from saebench.features.notes import Notes
+from saebench.features.labelling.notes import Notes
 from saebench.lm import Document, LanguageModel, Text, load_lm, pack
 from saebench.runs import Run
 

@@ -26,12 +26,15 @@ pytest.importorskip("streamlit", reason="browser tests skipped: streamlit is not
 from page_run import HOSTILE, LABELLED  # noqa: E402
 
 from saebench.features import FeatureStore, top_examples  # noqa: E402
-from saebench.features.notes import Notes  # noqa: E402
+from saebench.features.labelling.notes import Notes  # noqa: E402
 from saebench.figures.tokens import alone  # noqa: E402
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="browser tests skipped: no chromium on PATH (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="browser tests skipped: no chromium on PATH (apt-get install chromium)"),
+]
 READY = "[data-test-script-state=notRunning]"
 PATIENCE = 60_000  # milliseconds, for machines that do much else
 PAGES = ("overview", "features", "feature", "prompt", "compare", "corpus")

@@ -21,7 +21,10 @@ from page_run import HOSTILE, LABELLED  # noqa: E402
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="browser tests skipped: no chromium on PATH (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="browser tests skipped: no chromium on PATH (apt-get install chromium)"),
+]
 READY = "[data-test-script-state=notRunning]"
 TEXT = f"def value_3(x):\n    return {HOSTILE}"
 PATIENCE = 60_000  # milliseconds, for machines that do much else

@@ -17,7 +17,7 @@ pytest.importorskip("streamlit")
 from page_run import HOSTILE, LABELLED, dense
 
 from saebench.features import FeatureStore
-from saebench.features.notes import Notes
+from saebench.features.labelling.notes import Notes
 from saebench.figures.features import position_rates
 
 

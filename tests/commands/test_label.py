@@ -9,7 +9,7 @@ from features.chat_server import Server
 import saebench as sb
 from saebench.activations import ActivationStream
 from saebench.cli import main
-from saebench.features.labels import Labels
+from saebench.features.labelling.labels import Labels
 from saebench.runs import Run
 
 SITE = "blocks.1.hook_resid_post"
@@ -60,7 +60,9 @@ def test_labels_by_an_endpoint_are_asked_for_only_after_what_they_cost_is_said(r
     assert error["error"] == "nothing was sent: add --yes to send what was said above" and not server.requests
     result, err = call(capsys, "label", "run", *options, "--yes")
     found = result["labels"]["sae"]
-    assert 0 < len(server.requests) <= found["calls"] and found["count"] > 0 and found["path"] == "run/features/sae.endpoint.jsonl"
+    assert (
+        0 < len(server.requests) <= found["calls"] and found["count"] > 0 and found["path"] == "run/features/sae.endpoint.jsonl"
+    )
     sent = len(server.requests)
     assert "(" in call(capsys, "label", "run", *options, "--yes")[1] and len(server.requests) == sent  # nothing is paid for twice
 

@@ -7,7 +7,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from saebench.features.asking import CLOSE, OPEN
+from saebench.features.labelling.asking import CLOSE, OPEN
 
 
 class Server:

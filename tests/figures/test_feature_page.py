@@ -15,7 +15,7 @@ import pytest
 import saebench as sb
 from saebench.activations import ActivationStream
 from saebench.features import FeatureStore, index, quantile_groups, top_examples
-from saebench.features.labels import Label
+from saebench.features.labelling.labels import Label
 from saebench.figures.feature_page import examples_csv, feature_page, key_figures, label_line
 
 SITE = "blocks.1.hook_resid_post"

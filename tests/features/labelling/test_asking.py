@@ -7,8 +7,8 @@ import planted
 import pytest
 from planted import CALL, EARLY, SELF
 
-from saebench.features.asking import CLOSE, OPEN, Asker, read_label, read_numbers, spread
-from saebench.features.scoring import halves
+from saebench.features.labelling.asking import CLOSE, OPEN, Asker, read_label, read_numbers, spread
+from saebench.features.labelling.scoring import halves
 
 
 @pytest.fixture(scope="module")

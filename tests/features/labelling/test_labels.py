@@ -18,13 +18,13 @@ from planted import CALL, CASES, DEAD, EARLY, LINE, NEXT, NOISE, REPEAT, SELDOM,
 
 from saebench.errors import UserError
 from saebench.features import FeatureStore
-from saebench.features import labels as labels_module
-from saebench.features.corpus import POOL, Corpus
-from saebench.features.firings import FIRINGS
-from saebench.features.labels import NEVER, NO_PATTERN, Labels, label_offline, labels_path, promoted_tokens
-from saebench.features.labels import SELDOM as TOO_SELDOM
-from saebench.features.rules import Rule
-from saebench.features.scoring import halves
+from saebench.features.labelling import labels as labels_module
+from saebench.features.labelling.corpus import POOL, Corpus
+from saebench.features.labelling.firings import FIRINGS
+from saebench.features.labelling.labels import NEVER, NO_PATTERN, Labels, label_offline, labels_path, promoted_tokens
+from saebench.features.labelling.labels import SELDOM as TOO_SELDOM
+from saebench.features.labelling.rules import Rule
+from saebench.features.labelling.scoring import halves
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_two_processes_do_not_label_at_once(fresh):
 def test_killed_at_any_moment(fresh, labels):
     """A process that is killed while labelling leaves nothing that stands in the way."""
     script = (
-        "import sys; from saebench.features import FeatureStore; from saebench.features import labels, scanning\n"
+        "import sys; from saebench.features import FeatureStore, scanning; from saebench.features.labelling import labels\n"
         "labels.SAVE_SECONDS = 0.0; scanning.BLOCK_ENTRIES = 100\n"
         "print('ready', flush=True); labels.label_offline(FeatureStore(sys.argv[1]))"
     )

@@ -5,10 +5,10 @@ import planted
 import pytest
 from planted import ID, SIZE
 
-from saebench.features.corpus import PLACE_TRAITS, POOL, Corpus
-from saebench.features.rules import Among, Around, Early, Rule, Trait, find_places
-from saebench.features.traits import TRAITS
-from saebench.features.words import NO_WORD
+from saebench.features.labelling.corpus import PLACE_TRAITS, POOL, Corpus
+from saebench.features.labelling.rules import Among, Around, Early, Rule, Trait, find_places
+from saebench.features.labelling.traits import TRAITS
+from saebench.features.labelling.words import NO_WORD
 
 CONDITIONS = [
     *(Among("token", (ID[" self"], ID["("], ID[" red"]), at) for at in (-2, -1, 0, 1)),

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from saebench.features.corpus import Half, View
-from saebench.features.grouping import Rows, f1
-from saebench.features.rules import Around
-from saebench.features.sorting import changes, order_by, sums
-from saebench.features.words import NO_WORD
+from saebench.features.labelling.corpus import Half, View
+from saebench.features.labelling.grouping import Rows, f1
+from saebench.features.labelling.rules import Around
+from saebench.features.labelling.sorting import changes, order_by, sums
+from saebench.features.labelling.words import NO_WORD
 
 WINDOWS = (((16, 0), 3, (1,)), ((40, 10), 12, (1, 2, 3)))
 """Tokens before and after, words that are named at most, and how many of them are asked for."""

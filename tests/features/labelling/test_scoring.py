@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from saebench.features.scoring import CHANCE, halves, score
+from saebench.features.labelling.scoring import CHANCE, halves, score
 
 
 def flags(yes: int, no: int) -> np.ndarray:

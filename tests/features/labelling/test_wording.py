@@ -4,10 +4,10 @@ import planted
 import pytest
 from planted import ID
 
-from saebench.features.corpus import PLACE_TRAITS, Corpus
-from saebench.features.rules import Among, Around, Early, Rule, Trait
-from saebench.features.traits import TRAITS
-from saebench.features.wording import kind, visible, wording
+from saebench.features.labelling.corpus import PLACE_TRAITS, Corpus
+from saebench.features.labelling.rules import Among, Around, Early, Rule, Trait
+from saebench.features.labelling.traits import TRAITS
+from saebench.features.labelling.wording import kind, visible, wording
 
 
 @pytest.fixture(scope="module")

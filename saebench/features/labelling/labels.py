@@ -19,18 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saebench.errors import UserError
-from saebench.features.corpus import Corpus
-from saebench.features.firings import Firings
-from saebench.features.kept import KeptLabels
-from saebench.features.label import ENDPOINT, OFFLINE, Label, beside
-from saebench.features.labelling import LEAST, Found, Labeller
+from saebench.features.labelling.corpus import Corpus
+from saebench.features.labelling.finding import LEAST, Found, Labeller
+from saebench.features.labelling.firings import Firings
+from saebench.features.labelling.kept import KeptLabels
+from saebench.features.labelling.label import ENDPOINT, OFFLINE, Label, beside
+from saebench.features.labelling.notes import Notes
+from saebench.features.labelling.rules import Rule, find_places
+from saebench.features.labelling.scoring import Score, score
+from saebench.features.labelling.wording import kind, wording
 from saebench.features.layout import details_name
-from saebench.features.notes import Notes
-from saebench.features.rules import Rule, find_places
 from saebench.features.scanning import blocks
-from saebench.features.scoring import Score, score
 from saebench.features.store import FeatureStore
-from saebench.features.wording import kind, wording
 from saebench.files import replacing
 from saebench.progress import progress
 

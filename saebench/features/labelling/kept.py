@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from saebench.errors import UserError
-from saebench.features.label import Label
+from saebench.features.labelling.label import Label
 
 FORMAT, VERSION = "saebench-endpoint-labels", 1
 

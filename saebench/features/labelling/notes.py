@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from saebench.errors import UserError
-from saebench.features.label import NOTES, beside
+from saebench.features.labelling.label import NOTES, beside
 from saebench.features.store import FeatureStore
 from saebench.files import read_json, write_json
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from saebench.features.corpus import View
-from saebench.features.sorting import changes, order_by, sums
+from saebench.features.labelling.corpus import View
+from saebench.features.labelling.sorting import changes, order_by, sums
 
 LEAST_SHARE, LEAST_FIRINGS = 0.01, 2  # that a value must account for to be told of
 MOST_VALUES = 24

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saebench.features.labels import promoted_tokens
-from saebench.features.scoring import halves
+from saebench.features.labelling.labels import promoted_tokens
+from saebench.features.labelling.scoring import halves
+from saebench.features.labelling.wording import visible
 from saebench.features.store import FeatureStore
-from saebench.features.wording import visible
 
 BEFORE, AFTER = 24, 8  # tokens around a firing
 STRONGEST, OTHERS = 8, 4  # examples that a label is made from

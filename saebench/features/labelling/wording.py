@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from saebench.features.corpus import PLACE_TRAITS, Corpus
-from saebench.features.rules import Among, Around, Condition, Early, Rule, Trait
+from saebench.features.labelling.corpus import PLACE_TRAITS, Corpus
+from saebench.features.labelling.rules import Among, Around, Condition, Early, Rule, Trait
 
 LISTED = 5  # values of a list
 TOPIC_LISTED = 6

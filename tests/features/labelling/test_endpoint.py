@@ -18,11 +18,11 @@ from planted import CALL, DEAD, EARLY, SELDOM, SELF, UNIT
 
 from saebench.errors import UserError
 from saebench.features import FeatureStore
-from saebench.features.asking import CLOSE, OPEN, Asker
-from saebench.features.chat import LONGEST_ANSWER
-from saebench.features.endpoint import Endpoint, estimate, label_by_endpoint
-from saebench.features.labels import Labels, kept_labels
-from saebench.features.scoring import halves
+from saebench.features.labelling.asking import CLOSE, OPEN, Asker
+from saebench.features.labelling.chat import LONGEST_ANSWER
+from saebench.features.labelling.endpoint import Endpoint, estimate, label_by_endpoint
+from saebench.features.labelling.labels import Labels, kept_labels
+from saebench.features.labelling.scoring import halves
 
 KEY = "sk-test-1234567890-secret"
 
@@ -128,7 +128,7 @@ def test_an_estimate_for_many_looks_at_some(store, monkeypatch):
     looked_at = []
     whole = Asker.label_question
     monkeypatch.setattr(Asker, "label_question", lambda self, latent: looked_at.append(latent) or whole(self, latent))
-    monkeypatch.setattr("saebench.features.endpoint.LOOKED_AT", 3)
+    monkeypatch.setattr("saebench.features.labelling.endpoint.LOOKED_AT", 3)
     found = estimate(store, [SELF, UNIT, CALL, EARLY, 4, 8, 9, 10, 11])
     assert len(looked_at) == 3 and found.calls == 16
 
@@ -295,7 +295,7 @@ SCRIPT = """
 import sys
 from saebench.errors import Interrupted
 from saebench.features import FeatureStore
-from saebench.features.endpoint import Endpoint, label_by_endpoint
+from saebench.features.labelling.endpoint import Endpoint, label_by_endpoint
 try:
     label_by_endpoint(FeatureStore(sys.argv[1]), Endpoint(sys.argv[2], "stub", sys.argv[3]), [0, 1, 2, 3, 4, 5, 8, 9, 10, 11], workers=2)
 except Interrupted as stopped:

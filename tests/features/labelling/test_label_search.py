@@ -7,9 +7,9 @@ import pytest
 from planted import CALL, DEAD, SELF, TWO
 
 from saebench.features import FeatureStore
-from saebench.features.label import Label, beside
-from saebench.features.labels import Labels, label_offline
-from saebench.features.notes import Notes
+from saebench.features.labelling.label import Label, beside
+from saebench.features.labelling.labels import Labels, label_offline
+from saebench.features.labelling.notes import Notes
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saebench.features.corpus import COLUMNS, PLACE_TRAITS, Corpus
-from saebench.features.firings import Firings, evenly
-from saebench.features.grouping import Chosen, Pairs, Rows, choose, f1
-from saebench.features.rules import Among, Condition, Early, Rule, Trait, find_places
-from saebench.features.sorting import changes, sums
-from saebench.features.topics import Topics
-from saebench.features.words import NO_WORD
+from saebench.features.labelling.corpus import COLUMNS, PLACE_TRAITS, Corpus
+from saebench.features.labelling.firings import Firings, evenly
+from saebench.features.labelling.grouping import Chosen, Pairs, Rows, choose, f1
+from saebench.features.labelling.rules import Among, Condition, Early, Rule, Trait, find_places
+from saebench.features.labelling.sorting import changes, sums
+from saebench.features.labelling.topics import Topics
+from saebench.features.labelling.words import NO_WORD
 
 OTHERS = 250  # places that a condition names, to tell firings from
 LEAST = 5  # firings without which nothing can be said

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from saebench.features.scoring import halves
-from saebench.features.sorting import order_by
-from saebench.features.traits import Traits, affixes
-from saebench.features.words import NO_WORD, Words
+from saebench.features.labelling.scoring import halves
+from saebench.features.labelling.sorting import order_by
+from saebench.features.labelling.traits import Traits, affixes
+from saebench.features.labelling.words import NO_WORD, Words
 
 POOL = 4096  # random tokens of each half
 SPACED = 0.05  # share of the vocabulary's words that begin with a space, where spaces separate words

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from saebench.features.corpus import Corpus, Half, View
+from saebench.features.labelling.corpus import Corpus, Half, View
 
 MOST_WORDS = 16
 SET_BITS = np.array([number.bit_count() for number in range(1 << MOST_WORDS)], dtype=np.uint8)

@@ -15,12 +15,12 @@ from typing import IO, TypeVar
 import numpy as np
 
 from saebench.errors import Interrupted
-from saebench.features.asking import Asker, Snippets, read_label, read_numbers
-from saebench.features.chat import Endpoint, Malformed, Stopped
-from saebench.features.kept import KeptLabels
-from saebench.features.label import Label
-from saebench.features.labels import kept_labels
-from saebench.features.scoring import score
+from saebench.features.labelling.asking import Asker, Snippets, read_label, read_numbers
+from saebench.features.labelling.chat import Endpoint, Malformed, Stopped
+from saebench.features.labelling.kept import KeptLabels
+from saebench.features.labelling.label import Label
+from saebench.features.labelling.labels import kept_labels
+from saebench.features.labelling.scoring import score
 from saebench.features.store import FeatureStore
 from saebench.progress import progress, say
 

@@ -10,8 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from saebench.features.corpus import Corpus, Half, View
-from saebench.features.grouping import Rows
+from saebench.features.labelling.corpus import Corpus, Half, View
+from saebench.features.labelling.grouping import Rows
 
 FIRINGS = 300  # of a latent that are looked at
 

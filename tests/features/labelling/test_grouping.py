@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from saebench.features.firings import evenly
-from saebench.features.grouping import LEAST_FIRINGS, LEAST_SHARE, MOST_VALUES, NEARLY, Pairs, Rows, choose, f1
-from saebench.features.sorting import changes, order_by, sums
-from saebench.features.topics import PRIOR, log_odds
+from saebench.features.labelling.firings import evenly
+from saebench.features.labelling.grouping import LEAST_FIRINGS, LEAST_SHARE, MOST_VALUES, NEARLY, Pairs, Rows, choose, f1
+from saebench.features.labelling.sorting import changes, order_by, sums
+from saebench.features.labelling.topics import PRIOR, log_odds
 
 NONE = 3
 

@@ -10,7 +10,7 @@ import pytest
 
 from saebench.errors import UserError
 from saebench.features import FeatureStore
-from saebench.features.notes import LONGEST_LABEL, Note, Notes
+from saebench.features.labelling.notes import LONGEST_LABEL, Note, Notes
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_what_is_wrong_is_said(store, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("saebench.features.notes.write_json", refuse)
+    monkeypatch.setattr("saebench.features.labelling.notes.write_json", refuse)
     with pytest.raises(UserError, match="cannot write .*small.notes.json: Permission denied"):
         notes.change(1, bookmark=True)
     assert not notes.path.exists()
