@@ -63,8 +63,8 @@ lr = 0.01
     stream = sb.ActivationStream(tiny_lm, contexts, ["blocks.1.hook_resid_post"])
     x = stream.fetch(torch.arange(4), ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"].values[:, 1:].flatten(0, 1)
     assert sae.encode(x).values.min() > float(sae.threshold) > 0
-    assert index(sae, stream, tmp_path / "features").num_entries == int(sae.encode_contexts(stream.fetch(torch.arange(len(contexts)), list(stream.widths))[
-        "blocks.1.hook_resid_post"].values).l0().sum())  # fmt: skip
+    read = stream.fetch(torch.arange(len(contexts)), list(stream.widths))["blocks.1.hook_resid_post"].values
+    assert index(sae, stream, tmp_path / "features").num_entries == int(sae.encode_contexts(read).l0().sum())
     assert 0 < evaluate(sae, tiny_lm, contexts[:8])["fvu"] < 1
 
 

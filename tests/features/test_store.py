@@ -1,8 +1,8 @@
-"""The feature store against brute force on dense codes, table by table; and what happens when building it is stopped, or files are damaged."""
+"""The feature store against brute force on dense codes, table by table; and what happens when building it is stopped, or files are
+damaged."""
 
 import fcntl
 import json
-import os
 import shutil
 
 import numpy as np
@@ -263,7 +263,7 @@ def test_damage_is_named(topk, stream, tmp_path):
             FeatureStore(path).verify()
         return str(error.value)
 
-    assert "postings-00000.parquet is missing" in broken(lambda: os.remove(path / "postings-00000.parquet"))
+    assert "postings-00000.parquet is missing" in broken(lambda: (path / "postings-00000.parquet").unlink())
     assert "latents-00001.parquet has 5 bytes instead of" in broken(
         lambda: (path / "latents-00001.parquet").write_bytes(b"12345")
     )
