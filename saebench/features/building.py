@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,16 +209,24 @@ class _Builder:
         done = sum(layout.codes_name(i) in self.files for i in range(self.num_chunks))
         size = self.contexts.context_size
         try:
-            with progress(
-                "encode", self.contexts.num_tokens, "tokens", min(done * self.chunk_contexts, len(numbers_C)) * size
-            ) as report:
+            with (
+                ThreadPoolExecutor(1) as pool,  # a chunk is sorted, hashed and written while the next is encoded
+                progress(
+                    "encode", self.contexts.num_tokens, "tokens", min(done * self.chunk_contexts, len(numbers_C)) * size
+                ) as report,
+            ):
+                pending: Future | None = None
                 for number in range(done, self.num_chunks):
                     part_C = numbers_C[number * self.chunk_contexts : (number + 1) * self.chunk_contexts]
                     parts = []
                     for some_C in part_C.split(CONTEXTS_AT_ONCE):
                         parts.append(self._encode(dictionary, source, some_C))
                         report(len(some_C) * size)
-                    self._write_chunk(number, parts)
+                    if pending is not None:
+                        pending.result()
+                    pending = pool.submit(self._write_chunk, number, parts)
+                if pending is not None:
+                    pending.result()
         except _TooLarge as found:
             self.clear()
             self.value_scale = scale_for(found.largest)
