@@ -45,15 +45,15 @@ def run(arguments: argparse.Namespace, result: dict, stem: Path) -> None:
         raise UsageError("there is no run to browse: the messages above say why")
     result["problems"], result["store_seconds"] = [], time.perf_counter() - begun
     with worker_of(arguments) as worker:
-        result["versions"]["saebench"] = worker.versions
-        chosen = worker.ask("spread", count=arguments.latents, seed=arguments.seed)
+        result["versions"]["saebench"] = answer(worker, "versions")
+        chosen = answer(worker, "spread", count=arguments.latents, seed=arguments.seed)
         result["latents"] = chosen
         if "lookups" in arguments.parts:
             say("lookups in the store")
-            result["lookups"] = {"open": worker.ask("open"), "warm": worker.ask("lookups", latents=chosen["latents"])}
-            result["lookups"]["cold"] = worker.ask("cold_lookups", latents=some(chosen["latents"]))
+            result["lookups"] = {"open": answer(worker, "open"), "warm": answer(worker, "lookups", latents=chosen["latents"])}
+            result["lookups"]["cold"] = answer(worker, "cold_lookups", latents=some(chosen["latents"]))
             write(result, stem)
-        prompts = worker.ask("prompts", count=arguments.prompts, length=PROMPT_LENGTH)["prompts"]
+        prompts = answer(worker, "prompts", count=arguments.prompts, length=PROMPT_LENGTH)["prompts"]
     if "pages" in arguments.parts:
         result["pages"] = {}
         for name, runs in pages(arguments, chosen["latents"], prompts):
@@ -77,13 +77,18 @@ def worker_of(arguments: argparse.Namespace) -> Iterator[WorkerProcess]:
     """A fresh process that runs pages and lookups, which no page has warmed."""
     worker = WorkerProcess(Peer("browse-pages", "browse_pages"), threads=arguments.threads)
     try:
-        answer = worker.init(run=str(arguments.store.resolve()), dictionary=DRAWN, threads=arguments.threads)
-        if worker.error:
-            raise UsageError(worker.error)
-        worker.versions = answer["versions"]
+        answer(worker, "init", run=str(arguments.store.resolve()), dictionary=DRAWN, threads=arguments.threads)
         yield worker
     finally:
         worker.close()
+
+
+def answer(worker: WorkerProcess, what: str, **asked: object) -> dict:
+    """Raises UsageError where the worker has none."""
+    found = worker.ask(what, **asked)
+    if found is None:
+        raise UsageError(f"{what} failed: {worker.error}")
+    return found
 
 
 # --- pages ---
@@ -95,17 +100,14 @@ def pages(arguments: argparse.Namespace, latents: list[int], prompts: list[str])
 
     def asked(worker: WorkerProcess, name: str, **query: object) -> dict:
         session = bool(query.pop("session", False))
-        answer = worker.ask("page", name=name, query=base | query, session=session)
-        if answer is None:
-            raise UsageError(f"the page {name} failed: {worker.error}")
-        return answer
+        return answer(worker, "page", name=name, query=base | query, session=session)
 
     say("pages: first visits")
     for name, evicted in (("Feature, first of a process", []), ("Feature, first of a process, store not in memory", [""])):
         found = []
         for latent in latents[: arguments.rounds]:
             with worker_of(arguments) as worker:
-                worker.ask("evict", names=evicted)
+                answer(worker, "evict", names=evicted)
                 found.append(asked(worker, "feature", feature=latent))
         yield name, found
     with worker_of(arguments) as worker:

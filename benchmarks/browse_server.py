@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 from benchmarks.options import UsageError
@@ -128,7 +129,7 @@ class Visitor:
         return found
 
 
-def read(message: object, now: float, found: dict) -> None:
+def read(message: Any, now: float, found: dict) -> None:
     """Note what a message says of the page."""
     kind = message.WhichOneof("type")
     if kind == "script_finished":

@@ -40,8 +40,11 @@ class Pages:
         torch.set_num_threads(threads)
         self.run = Path(run)
         self.place = self.run / "features" / dictionary
+        return {}
+
+    def versions(self) -> dict:
         packages = ("saebench", "torch", "streamlit", "pyarrow", "numpy")
-        return {"versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
+        return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
     # --- the store ---
 

@@ -23,6 +23,7 @@ OPTIONS = {
     "server.enableXsrfProtection": "true",
     "server.fileWatcherType": "none",
     "server.showEmailPrompt": "false",
+    "runner.postScriptGC": "false",  # a collection after every page stops all visitors for 0.3 s, as large as torch is
     "browser.serverAddress": "127.0.0.1",
     "browser.gatherUsageStats": "false",
     "client.toolbarMode": "minimal",
