@@ -216,7 +216,7 @@ def test_indexing_killed_or_stopped_at_random_points_ends_with_the_same_bytes(pl
     shutil.copytree(place / "whole", run)
     shutil.rmtree(run / "features")
     last = len(features) + 20
-    for number, target in enumerate(sorted(chance.sample(range(1, last // 2), 5))):
+    for number, target in enumerate(sorted(chance.sample(range(1, last // 3), 4))):
         target = max(target, entered(run) + 1)  # at work again, not still starting
         process = start(place, *index_command("indexed"))
         wait_until(process, lambda target=target: entered(run) >= target)
