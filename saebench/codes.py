@@ -176,6 +176,15 @@ class SparseCodes:
             0, self.tokens, (self.values != 0).long()
         )
 
+    def columns(self, latents_M: Tensor) -> Tensor:
+        """The values of some latents on every token, 0 where they are not active: [B, M]."""
+        place_F = torch.full((self.d_sae,), -1, device=latents_M.device)
+        place_F[latents_M] = torch.arange(len(latents_M), device=latents_M.device)
+        columns_N = place_F[self.indices.reshape(-1).long()]
+        kept_N = columns_N >= 0
+        values_BM = self.values.new_zeros(len(self), len(latents_M))
+        return values_BM.index_put((self.tokens[kept_N], columns_N[kept_N]), self.values.reshape(-1)[kept_N], accumulate=True)
+
     def firings(self) -> Tensor:
         """How many tokens each latent is active on: [F] int64."""
         active_N = (self.values.reshape(-1) != 0).long()

@@ -15,9 +15,8 @@ from saebench.activations.encoding import Encoded
 from saebench.activations.statistics import SiteStatistics
 from saebench.errors import UserError
 from saebench.files import identity
+from saebench.lm.sites import SEPARATOR
 from saebench.lm.tokens import Contexts
-
-SEPARATOR = "/"
 
 
 class JoinedSource:

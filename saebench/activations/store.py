@@ -68,6 +68,11 @@ class ActivationStore:
         """A hash of the content of all files."""
         return identity(self.manifest["files"])
 
+    @property
+    def model_fingerprint(self) -> str:
+        """Of the model that the activations are of."""
+        return self.config["model_fingerprint"]
+
     def verify(self) -> None:
         """Read every file and compare it with its hash. Raises UserError naming the first damaged file."""
         sizes = self.manifest["sizes"]

@@ -37,6 +37,11 @@ class ActivationStream:
     def identity(self) -> str:
         return identity([self.lm.fingerprint, self.contexts.identity, list(self.widths)])
 
+    @property
+    def model_fingerprint(self) -> str:
+        """Of the model that the activations are of."""
+        return self.lm.fingerprint
+
     def verify(self) -> None:
         """Nothing is stored, so nothing can be damaged."""
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from saebench.codes import SparseCodes
 from saebench.dictionaries import Dictionary
+from saebench.dictionaries.fit import check_model
 from saebench.errors import UserError
-from saebench.evaluation.splice import check_sites
 from saebench.lm import Contexts, LanguageModel
 
 
@@ -81,7 +81,7 @@ def zf_points(dictionary: Dictionary, codes: SparseCodes, y_BD: Tensor, y_hat_BD
 def zf_data(dictionary: Dictionary, lm: LanguageModel, contexts: Contexts, *, batch_size: int = 16) -> ZFPoints:
     """Points of the last token of every context (the book takes 1000 contexts of 128 tokens). Raises UserError for a dictionary that
     is not of this model's sites, or has no decoder rows."""
-    check_sites(dictionary, lm)
+    check_model(dictionary, lm)
     config, dictionary = dictionary.config, dictionary.to(lm.device)
     parts = []
     for start in range(0, len(contexts), batch_size):

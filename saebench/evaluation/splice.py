@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saebench.activations.joined import SEPARATOR
 from saebench.dictionaries import Dictionary, SparseAutoencoder
+from saebench.dictionaries.fit import check_model
 from saebench.dictionaries.transcoder import skip_only
-from saebench.errors import UserError
 from saebench.evaluation.metrics import FORMULAS_VERSION, Reconstruction, SplicedLoss, max_decoder_cosine
 from saebench.lm import Contexts, LanguageModel
 from saebench.progress import progress
@@ -38,7 +37,7 @@ def evaluate(
     `batch_size` counts contexts. Raises UserError where the dictionary names no site or its widths are not the sites'.
     """
     config = dictionary.config
-    check_sites(dictionary, lm)
+    check_model(dictionary, lm)
     dictionary = dictionary.to(lm.device)
     quality, bypass = (Reconstruction(sum(config.blocks_out), config.d_sae) for _ in range(2))
     skips = isinstance(dictionary, SparseAutoencoder) and dictionary.config.skip
@@ -87,24 +86,6 @@ def evaluate(
         "seed": seed,
         "density": quality.density_F.tolist(),
     }
-
-
-def check_sites(dictionary: Dictionary, lm: LanguageModel) -> None:
-    """Raises UserError where a dictionary cannot be spliced into this model."""
-    config = dictionary.config
-    if not config.reads:
-        raise UserError("the dictionary names no site, so it cannot be spliced in: train it on activations of a site")
-    if joined := [site for site in config.sites if SEPARATOR in site]:
-        raise UserError(
-            f"the dictionary reads several models ({joined[0]!r}), and only one can be run: measure it by "
-            "saebench.evaluation.reconstruction(dictionary, joined source)"
-        )
-    for sites, widths in ((config.reads, config.blocks_in), (config.writes, config.blocks_out)):
-        if sum(lm.width(site) for site in sites) != sum(widths):
-            raise UserError(
-                f"the dictionary is {sum(widths)} wide at {' + '.join(sites)}, model {lm.name!r} is "
-                f"{sum(lm.width(site) for site in sites)}: wrong model?"
-            )
 
 
 def splice(dictionary: Dictionary, clean: Mapping[str, Tensor]) -> Edits:

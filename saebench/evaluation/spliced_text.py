@@ -16,7 +16,8 @@ from torch import Tensor
 
 from saebench.codes import SparseCodes
 from saebench.dictionaries import Dictionary
-from saebench.evaluation.splice import SKIP, check_sites, splice
+from saebench.dictionaries.fit import check_model
+from saebench.evaluation.splice import SKIP, splice
 from saebench.features.prompts import MAX_TOKENS, PromptCodes, read_prompt
 from saebench.lm import LanguageModel
 
@@ -62,7 +63,7 @@ def _mean(values_T: np.ndarray) -> float:
 def read_spliced(lm: LanguageModel, dictionary: Dictionary, text: str, max_tokens: int = MAX_TOKENS) -> SplicedText:
     """Read a text with and without a dictionary. Raises UserError for a text without tokens, and where the dictionary does not fit the
     model."""
-    check_sites(dictionary, lm)
+    check_model(dictionary, lm)
     dictionary = dictionary.to(lm.device)
     config = dictionary.config
     codes = read_prompt(lm, dictionary, text, max_tokens)

@@ -17,25 +17,22 @@ Shape suffixes: `T` tokens, `U` units (documents or contexts), `F` d_sae, `N` en
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import translate
-from itertools import groupby
 from typing import Literal
 
 import numpy as np
-import torch
 
 from saebench.dictionaries import Dictionary
 from saebench.errors import UserError
-from saebench.features.prompts import encode_ids, tokenise
+from saebench.features.prompts import PIECE, encode_pieces, text_pieces
 from saebench.features.scanning import blocks
 from saebench.features.store import FeatureStore
 from saebench.kernels.unit_sums import unit_sums
 from saebench.lm import LanguageModel
 
 MIN_FIRINGS = 10
-CONTEXT_SIZE, BATCH = 128, 16  # of texts that are read live
 NEITHER = -1
 
 
@@ -109,38 +106,25 @@ def contrast_texts(
     min_firings: int = MIN_FIRINGS,
     *,
     sites: Sequence[str] | None = None,
-    context_size: int = CONTEXT_SIZE,
+    context_size: int = PIECE,
 ) -> list[Difference]:
     """The same for texts that are in no store: each is a document. Runs the model on all of them, in contexts of `context_size` tokens.
     Raises UserError for fewer than two texts with tokens on a side."""
-    size = min(context_size, lm.max_context or context_size)
-    pieces: list[tuple[int, list[int]]] = []
-    for number, text in enumerate([*texts_a, *texts_b]):
-        ids, added = tokenise(lm, text)
-        first, body = ids[:added], ids[added:]
-        pieces += [(number, first + body[start : start + size - added]) for start in range(0, len(body), size - added)]
-    numbers = [number for number, piece in pieces for _ in piece[1:]]  # nothing fires on the first token of a piece
+    pieces = text_pieces(lm, [*texts_a, *texts_b], context_size)
+    numbers = [number for number, ids in pieces for _ in ids[1:]]  # nothing fires on the first token of a piece
     sizes_U = np.bincount(numbers, minlength=len(texts_a) + len(texts_b))
     counts = _Counts(dictionary.config.d_sae, sizes_U, np.arange(len(sizes_U)) < len(texts_a), "text")
     latents, tokens = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int64)]
-    first_tokens = np.cumsum([0, *(len(piece) for _, piece in pieces)])
-    places = sorted(range(len(pieces)), key=lambda place: len(pieces[place][1]))
-    for length, alike in groupby(places, lambda place: len(pieces[place][1])):
-        for some in _batches(list(alike) if length > 1 else []):
-            tokens_N, latents_N, _ = encode_ids(lm, dictionary, torch.tensor([pieces[place][1] for place in some]), sites)
-            latents.append(latents_N)
-            tokens.append(first_tokens[some][tokens_N // length] + tokens_N % length)
+    first_tokens = np.cumsum([0, *(len(ids) for _, ids in pieces)])
+    for places_N, positions_N, latents_N, _ in encode_pieces(lm, dictionary, pieces, sites):
+        latents.append(latents_N)
+        tokens.append(first_tokens[places_N] + positions_N)
     latents_N, tokens_N = np.concatenate(latents), np.concatenate(tokens)
     order_N = np.lexsort((tokens_N, latents_N))
     starts = np.searchsorted(latents_N[order_N], np.arange(dictionary.config.d_sae + 1))
-    units_T = np.repeat([number for number, _ in pieces], [len(piece) for _, piece in pieces]).astype(np.int32)
+    units_T = np.repeat([number for number, _ in pieces], [len(ids) for _, ids in pieces]).astype(np.int32)
     counts.add(0, starts, tokens_N[order_N].astype(np.int32), units_T)
     return counts.differences(count, min_firings)
-
-
-def _batches(places: list[int]) -> Iterator[list[int]]:
-    for start in range(0, len(places), BATCH):
-        yield places[start : start + BATCH]
 
 
 def _counted(store: FeatureStore, a: np.ndarray, b: np.ndarray, unit: str) -> _Counts:

@@ -5,8 +5,9 @@ Shape suffixes: `T` tokens of the text, `N` entries, `C` contexts, `S` positions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from saebench.features.examples import Example
 from saebench.lm import LanguageModel
 
 MAX_TOKENS = 512
+PIECE, PIECES_AT_ONCE = 128, 16  # tokens of the pieces that many texts are read in
 
 
 @dataclass(frozen=True)
@@ -130,3 +132,30 @@ def encode_ids(
     rows_N, latents_N, values_N = (t.cpu().numpy() for t in codes.nonzero())
     size = ids_CS.shape[1]
     return rows_N // (size - 1) * size + rows_N % (size - 1) + 1, latents_N.astype(np.int32), values_N
+
+
+def text_pieces(lm: LanguageModel, texts: Sequence[str], size: int = PIECE) -> list[tuple[int, list[int]]]:
+    """Texts in pieces of up to `size` tokens: the number of the text and the token ids of each, in order; a piece begins as a document does."""
+    size = min(size, lm.max_context or size)
+    pieces: list[tuple[int, list[int]]] = []
+    for number, text in enumerate(texts):
+        ids, added = tokenise(lm, text)
+        first, body = ids[:added], ids[added:]
+        pieces += [(number, first + body[start : start + size - added]) for start in range(0, len(body), size - added)]
+    return pieces
+
+
+def encode_pieces(
+    lm: LanguageModel, dictionary: Dictionary, pieces: Sequence[tuple[int, list[int]]], sites: Sequence[str] | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """The codes of pieces, those of one length together: the place of the piece among them [N], the position in it [N], latents [N] and
+    values [N]. Each batch has all entries of its pieces; pieces of one token have none."""
+    by_length = sorted(range(len(pieces)), key=lambda place: len(pieces[place][1]))
+    for length, alike in groupby(by_length, lambda place: len(pieces[place][1])):
+        places = np.fromiter(alike, dtype=np.int64)
+        if length > 1:
+            for start in range(0, len(places), PIECES_AT_ONCE):
+                some = places[start : start + PIECES_AT_ONCE]
+                ids_CS = torch.tensor([pieces[place][1] for place in some.tolist()])
+                tokens_N, latents_N, values_N = encode_ids(lm, dictionary, ids_CS, sites)
+                yield some[tokens_N // length], tokens_N % length, latents_N, values_N

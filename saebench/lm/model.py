@@ -107,6 +107,7 @@ class LanguageModel:
     def __init__(self, name: str, hf: Any, tokenizer: Any, fingerprint: str):
         self.name, self.hf, self.tokenizer, self.fingerprint = name, hf, tokenizer, fingerprint
         self._widths: dict[str, int] = {}
+        self._ahead = False
         self._alone = threading.RLock()  # hooks belong to the module, not to a thread: one thread at a time
 
     @property
@@ -157,7 +158,18 @@ class LanguageModel:
         ids_BS = self._checked(ids_BS)
         base = self.hf.base_model  # without the unembedding, which no site but the logits needs
         with self._alone:
-            return read_sites(self.hf, [self.site(name) for name in sites], lambda: base(ids_BS, use_cache=False))
+            return read_sites(
+                self.hf, [self.site(name) for name in sites], lambda: base(ids_BS, use_cache=False), lambda: self._ahead
+            )
+
+    @contextmanager
+    def running_ahead(self) -> Iterator[None]:
+        """A forward pass in this block, made inside another before it begins, is not the one that `read` reads."""
+        self._ahead = True
+        try:
+            yield
+        finally:
+            self._ahead = False
 
     @torch.inference_mode()
     def logits(self, ids_BS: Tensor) -> Tensor:
@@ -173,32 +185,73 @@ class LanguageModel:
         with self._alone, hooked(self.hf, {self.site(name): function for name, function in functions.items()}):
             yield
 
-    @torch.inference_mode()
-    def generate(self, prompt: str, max_new_tokens: int = 50, *, temperature: float = 0.0, seed: int = 0) -> str:
-        """Continue a prompt, with a key-value cache; greedy at temperature 0, sampled with `seed` otherwise. Returns the new text."""
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
+        """Continue a prompt, with a key-value cache; greedy at temperature 0, sampled with `seed` otherwise. Returns the new text; `on_text`
+        gets it piece by piece as it is written. Raises UserError for a prompt without tokens, or too long a one."""
+        ids = self.prompt_ids(prompt)
+        written = _Written(self.tokenizer, on_text) if on_text is not None else None
+        ids_BS = self.generate_ids(torch.tensor([ids]), max_new_tokens, temperature=temperature, seed=seed, streamer=written)
+        return self.tokenizer.decode(ids_BS[0], skip_special_tokens=True)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens of a prompt, behind BOS where the tokenizer has one. Raises UserError where there is none at all."""
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         if self.tokenizer.bos_token_id is not None:
             ids = [self.tokenizer.bos_token_id, *ids]
         if not ids:
             raise UserError("the prompt is empty and the tokenizer has no BOS token: give at least one token")
-        if self.max_context is not None and len(ids) + max_new_tokens > self.max_context:
+        return ids
+
+    def check_generation(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """Raises UserError where a prompt and what is to follow do not fit the model's positions, or nothing is to follow."""
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens} writes nothing: use at least 1")
+        if self.max_context is not None and prompt_tokens + max_new_tokens > self.max_context:
             raise UserError(
-                f"prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {self.max_context} positions"
+                f"prompt of {prompt_tokens} tokens and {max_new_tokens} new ones exceed the model's {self.max_context} positions: "
+                "shorten the prompt, or ask for fewer"
             )
-        ids_BS = torch.tensor([ids], device=self.device)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        end = self.tokenizer.eos_token_id
+
+    @torch.inference_mode()
+    def generate_ids(
+        self,
+        ids_BS: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        whole: bool = False,
+        streamer: Any = None,
+    ) -> Tensor:
+        """Continue prompts of equal length [B, S], each by itself, with a key-value cache: the new tokens [B, up to max_new_tokens]. A text
+        that ends is filled with the token that ends texts; with `whole` no text ends, and all have max_new_tokens."""
+        self.check_generation(ids_BS.shape[1], max_new_tokens)
+        ids_BS = ids_BS.to(self.device, dtype=torch.int64)
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+        )
+        if whole:
+            sampling["min_new_tokens"] = max_new_tokens
         with self._alone, torch.random.fork_rng():
             torch.manual_seed(seed)
-            out = self.hf.generate(
+            out_BS = self.hf.generate(
                 ids_BS,
                 attention_mask=torch.ones_like(ids_BS),
                 max_new_tokens=max_new_tokens,
                 use_cache=True,
-                pad_token_id=end,
+                pad_token_id=self.tokenizer.eos_token_id,
+                streamer=streamer,
                 **sampling,
             )
-        return self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        return out_BS[:, ids_BS.shape[1] :]
 
     @cached_property
     def direct_unembedding_VD(self) -> Tensor:
@@ -221,3 +274,29 @@ class LanguageModel:
     def _checked(self, ids_BS: Tensor) -> Tensor:
         self.check_context(ids_BS.shape[1])
         return ids_BS.to(self.device, dtype=torch.int64)
+
+
+class _Written:
+    """What `generate` tells of the text while it is written: whole words and signs, never half a character."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
+        self.tokenizer, self.on_text = tokenizer, on_text
+        self.ids: list[int] | None = None
+        self.told = 0
+
+    def put(self, ids: Tensor) -> None:
+        if self.ids is None:
+            self.ids = []  # the first call brings the prompt
+            return
+        self.ids += ids.flatten().tolist()
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._tell(text)
+
+    def end(self) -> None:
+        self._tell(self.tokenizer.decode(self.ids or [], skip_special_tokens=True))
+
+    def _tell(self, text: str) -> None:
+        if len(text) > self.told:
+            self.on_text(text[self.told :])
+            self.told = len(text)

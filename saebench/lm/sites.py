@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from saebench.errors import UserError
 
+SEPARATOR = "/"  # between model and site, where several models are read
 # Names shown to people, best known first; others that resolve are accepted too.
 COMMON = (
     "hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post",
@@ -81,12 +82,17 @@ class _AllRead(Exception):
     """Raised inside a forward pass when every wanted site has been seen."""
 
 
-def read_sites(model: nn.Module, sites: list[Site], run: Callable[[], Any]) -> dict[str, Tensor]:
-    """Run the model until every site has been computed, and no further. Returns one tensor per site, as the model holds it."""
+def read_sites(
+    model: nn.Module, sites: list[Site], run: Callable[[], Any], ignored: Callable[[], bool] = lambda: False
+) -> dict[str, Tensor]:
+    """Run the model until every site has been computed, and no further. Returns one tensor per site, as the model holds it; what is
+    computed while `ignored` says so is not read."""
     seen: dict[str, Tensor] = {}
 
     def keeper(name: str) -> Callable[[Tensor], None]:
         def keep(value: Tensor) -> None:
+            if ignored():
+                return
             seen[name] = value
             if len(seen) == len(sites):
                 raise _AllRead

@@ -254,6 +254,7 @@ class _Run:
                 "reads": list(dictionary.config.reads),
                 "writes": list(dictionary.config.writes),
                 "activations": self.source.identity,
+                "model": getattr(self.source, "model_fingerprint", None),
                 "tokens": self.training.steps * self.training.batch_size,
                 "input_scale": float(member.read.scale_D[0]),
                 "scales": member.scales,

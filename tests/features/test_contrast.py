@@ -227,7 +227,7 @@ def test_sets_that_cannot_be_compared_are_named(small):
 
 
 def test_texts_that_are_in_no_store(small, tiny_lm, monkeypatch):
-    monkeypatch.setattr("saebench.features.contrast.BATCH", 3)
+    monkeypatch.setattr("saebench.features.prompts.PIECES_AT_ONCE", 3)
     texts_a = [f"def value_{i}(x):\n    return x * {i}" for i in range(7)]
     texts_b = [f"the number {i} and the name {i * i}, " * (1 + i % 2) for i in range(5)]
     found = contrast_texts(tiny_lm, small.dictionary, texts_a, texts_b, 100, min_firings=3, context_size=64)
