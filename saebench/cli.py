@@ -22,6 +22,7 @@ COMMANDS = {
     "index": "build the feature store of a run's dictionaries: every firing of every latent",
     "browse": "look at the features of runs in a browser on this machine",
     "label": "say in words where latents fire, with a score on text that the words were not made from",
+    "steer": "turn features up or down: the text beside untouched text, with what it costs",
     "plan": "memory and time of a recipe, before running it",
     "doctor": "device, versions, kernels in use, and what is missing",
 }

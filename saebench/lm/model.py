@@ -194,12 +194,25 @@ class LanguageModel:
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
     ) -> str:
-        """Continue a prompt, with a key-value cache; greedy at temperature 0, sampled with `seed` otherwise. Returns the new text; `on_text`
-        gets it piece by piece as it is written. Raises UserError for a prompt without tokens, or too long a one."""
-        ids = self.prompt_ids(prompt)
+        """Continue a prompt, with a key-value cache; greedy at temperature 0, sampled with `seed` otherwise. Returns the new text;
+        `on_text` gets it piece by piece as it is written. Raises UserError for a prompt without tokens, or too long a one."""
+        ids = self.continue_prompt(prompt, max_new_tokens, temperature=temperature, seed=seed, on_text=on_text)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def continue_prompt(
+        self,
+        prompt: str,
+        max_new_tokens: int = 50,
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
+    ) -> list[int]:
+        """As `generate`, and returns the new tokens."""
+        start = self.prompt_ids(prompt)
         written = _Written(self.tokenizer, on_text) if on_text is not None else None
-        ids_BS = self.generate_ids(torch.tensor([ids]), max_new_tokens, temperature=temperature, seed=seed, streamer=written)
-        return self.tokenizer.decode(ids_BS[0], skip_special_tokens=True)
+        ids_BS = self.generate_ids(torch.tensor([start]), max_new_tokens, temperature=temperature, seed=seed, streamer=written)
+        return ids_BS[0].tolist()
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The tokens of a prompt, behind BOS where the tokenizer has one. Raises UserError where there is none at all."""
