@@ -3,8 +3,8 @@
 With x what stands at the site, f the codes, d_i the direction that latent i writes, u a direction of unit length, a the strength:
 
     add         x + a unit u                           u = d_i / ||d_i||, or the weighted sum of several, of length 1
-    scale       f_i' = value f_i                       scale, clamp, ablate and swap: x + a (f' - f) W_dec, so that what the dictionary
-    clamp       f_i' = value                           does not reconstruct is kept; without `keep_error` the reconstruction of f + a (f' - f)
+    scale       f_i' = value f_i                       scale, clamp, ablate and swap: x + a (f' - f) W_dec, so that what the
+    clamp       f_i' = value                           dictionary misses is kept; without `keep_error` the decoded f + a (f' - f)
     ablate      f_i' = 0
     swap        f_i' = f_j, f_j' = f_i
     orthogonal  x - a (x U) U^T                        U an orthonormal basis of the directions: what is left is orthogonal to all

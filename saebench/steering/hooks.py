@@ -43,7 +43,7 @@ def steer(lm: LanguageModel, edits: Edit | Sequence[Edit]) -> Iterator[None]:
     if not wanted:
         yield
         return
-    running = _Pass(lm, wanted)
+    running = Pass(lm, wanted)
     before = lm.hf.base_model.register_forward_pre_hook(running.begin, with_kwargs=True)
     try:
         with lm.edit(running.functions()):
@@ -97,7 +97,7 @@ class _Reader:
         return torch.cat([self.history[site][:, part].float() for site in sites], -1)
 
 
-class _Pass:
+class Pass:
     """The forward pass that runs: where in the text it is, what was read in it, and the functions of the sites."""
 
     def __init__(self, lm: LanguageModel, edits: list[Edit]):
