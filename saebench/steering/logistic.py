@@ -23,7 +23,7 @@ from scipy.special import expit
 
 Penalty = Literal["l1", "l2"]
 Features: TypeAlias = np.ndarray | sp.csr_array
-ITERATIONS, TOLERANCE = 2000, 1e-7
+ITERATIONS, TOLERANCE, ROUNDING = 2000, 1e-7, 1e-14
 MEMORY, LEAST_STEP = 20, 1e-10
 
 
@@ -104,11 +104,14 @@ def _minimum(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], l1_X: np.nd
             new_X = x_X + step * way_X
             new_X[(new_X * side_X < 0) & (l1_X > 0)] = 0  # a weight stops at zero before it changes its sign
             new_value, new_slope_X = loss(new_X)
-            if new_value + l1_X @ np.abs(new_X) <= total + 1e-4 * pull_X @ (new_X - x_X):
+            new_total = new_value + l1_X @ np.abs(new_X)
+            if new_total <= total + 1e-4 * pull_X @ (new_X - x_X):
                 break
             step /= 2
-            if step < LEAST_STEP:  # rounding: no step helps any more
+            if step < LEAST_STEP:
                 return x_X
+        if total - new_total <= ROUNDING * total:
+            return new_X
         moved_X, turned_X = new_X - x_X, new_slope_X - slope_X
         if moved_X @ turned_X > 1e-12 * (moved_X @ moved_X):
             seen.append((moved_X, turned_X))

@@ -132,7 +132,7 @@ class Firing:
     lm: LanguageModel
     dictionary: Dictionary
     latents: tuple[int, ...]
-    name: str = "share of tokens on which the features fire"
+    name: str = "tokens they fire on (share)"
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         pieces = text_pieces(self.lm, texts, PIECE)
