@@ -7,6 +7,7 @@ The choice stands in the query string: `find`, `token`, `rare` and `frequent` (p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import address
 import numpy as np
@@ -103,7 +104,7 @@ def rows(entry: Entry, store: FeatureStore, filters: Filters) -> np.ndarray:
 
 @st.cache_resource(show_spinner=False, max_entries=200)
 def _rows(key: str, beside: object, filters: Filters, _entry: Entry, _store: FeatureStore) -> np.ndarray:
-    ranges = {}
+    ranges: dict[str, Any] = {}
     if filters.rare > RAREST or filters.frequent < 0:
         ranges["density"] = (10.0**filters.rare if filters.rare > RAREST else None, 10.0**filters.frequent * (1 + 1e-9))
     if filters.strongest > 0:

@@ -20,7 +20,7 @@ from streamlit.runtime.scriptrunner import StopException
 
 from saebench.errors import UserError
 from saebench.features.store import FeatureStore
-from saebench.figures.tokens import alone, html_context
+from saebench.figures.tokens import alone, html_context, html_example
 
 HERE = Path(__file__).parent
 
@@ -170,10 +170,7 @@ def contexts(
     `saebench.features.examples.Example`; shades are relative to `strongest`; `whole` gives where the whole context of one is shown."""
     rows = []
     for example in examples:
-        line = html_context(
-            example.ids, example.values, strongest, store.token_strings.__getitem__,
-            focus=example.focus, first=example.first % store.context_size,
-        )  # fmt: skip
+        line = html_example(example, strongest, store)
         value, document = f"{example.values[example.focus]:.2f}", html.escape(example.document)
         link = "" if whole is None else f' <a data-go href="{html.escape(whole(example))}">context {example.context}</a>'
         rows.append(

@@ -30,12 +30,18 @@ from saebench.trainer.logs import read_metrics
 Stamp = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
-    """One dictionary of a run, ID or ID@PART, and where its feature store is, or would be."""
+    """One dictionary of a run, ID or ID@PART, and where its feature store is, or would be. The same where run and name are the same."""
 
     run: Opened
     name: str
+
+    def __eq__(self, other: object) -> bool:  # not by the whole run, which holds its entries
+        return isinstance(other, Entry) and (self.run.path, self.name) == (other.run.path, other.name)
+
+    def __hash__(self) -> int:
+        return hash((self.run.path, self.name))
 
     @property
     def store_path(self) -> Path:

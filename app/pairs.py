@@ -47,6 +47,13 @@ class Both:
     def entries(self) -> tuple[Entry, Entry]:
         return self.first, self.second
 
+    @property
+    def indexed(self) -> tuple[FeatureStore, FeatureStore]:
+        """The stores of two that have one."""
+        first, second = self.stores
+        assert first is not None and second is not None
+        return first, second
+
 
 def show(first: Entry, second: Entry) -> None:
     both = Both(first, second, (store_of(first), store_of(second)))
@@ -98,7 +105,7 @@ def _no_phi(both: Both) -> str:
         if store is None:
             return f"{entry.run.name} / {entry.name} has no feature store (`saebench index {entry.run.path}` builds it)"
     try:
-        matching.check_tokens(*both.stores)
+        matching.check_tokens(*both.indexed)
     except UserError as error:
         return str(error)
     return ""
@@ -118,7 +125,7 @@ def _match_directions(
 
 
 def _by_firing(both: Both) -> Matching:
-    return _match_firings("|".join(entry.key for entry in both.entries), *both.stores)
+    return _match_firings("|".join(entry.key for entry in both.entries), *both.indexed)
 
 
 @st.cache_resource(show_spinner="Comparing when the features fire", max_entries=8)
@@ -268,7 +275,7 @@ def _side_by_side(both: Both, latents: tuple[int, int]) -> None:
         cosine = matching.cosine(opening.dictionary(both.first), latents[0], opening.dictionary(both.second), latents[1])
         known.append(("cosine", f"{cosine:.3f}"))
     if not _no_phi(both):
-        found = matching.fire_together(both.stores[0], latents[0], both.stores[1], latents[1])
+        found = matching.fire_together(both.indexed[0], latents[0], both.indexed[1], latents[1])
         known += [
             ("phi", f"{found.phi:.3f}"),
             ("Jaccard", f"{found.jaccard:.3f}"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -92,6 +93,20 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Nobody else holds the lock of a file while the block runs. The file is made where it is missing; what is in it stays.
+
+    Waits until it is free, or, where `busy` says what its holder is doing, raises UserError: "another process is {busy}".
+    """
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise UserError(f"another process is {busy}: wait until it is done") from None
+        yield
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -166,17 +166,21 @@ class Pipeline:
     def _fingerprint(self, source: Source) -> str:
         return source.config["model_fingerprint"] if isinstance(source, ActivationStore) else self.lm.fingerprint
 
-    def evaluate(self, run: Run, suite: str = "core") -> dict[str, Any]:
-        """Measure every dictionary of a run on the held-out text and write evals/SUITE.json."""
-        if suite not in SUITES:
-            raise UserError(f"unknown suite {suite!r}: use one of {', '.join(SUITES)}")
-        paths = run.dictionaries()
+    def check_model(self, run: Run) -> None:
+        """Raises UserError where the recipe's model has other weights than the one that the run was trained on."""
         trained_on = run.record["model"]["fingerprint"]
         if trained_on != self.lm.fingerprint:
             raise UserError(
                 f"{run.path} was trained on a model {self.recipe.model.name!r} with other weights ({trained_on}, now "
                 f"{self.lm.fingerprint}): restore that model, or train again"
             )
+
+    def evaluate(self, run: Run, suite: str = "core") -> dict[str, Any]:
+        """Measure every dictionary of a run on the held-out text and write evals/SUITE.json."""
+        if suite not in SUITES:
+            raise UserError(f"unknown suite {suite!r}: use one of {', '.join(SUITES)}")
+        paths = run.dictionaries()
+        self.check_model(run)
         held_out = self.contexts[1]
         results = {}
         with timed(run, "evaluation"):
@@ -220,12 +224,9 @@ class Pipeline:
 
     def _build_store(self, run: Run, name: str, dictionary: Dictionary, tokens: int, overwrite: bool) -> FeatureStore:
         source = self._opened or self._kept_store(self.store_path(run.path.parent)) or self.stream()
-        path, limit = run.features(name), max(1, tokens // source.context_size)
-        if not overwrite and (path / MANIFEST).exists():
-            there = FeatureStore(path)  # one of fewer tokens, such as a report makes, gives way
-            same = (fingerprint(dictionary), source.identity) == (there.config["dictionary"], there.config["activations"])
-            overwrite = same and there.num_contexts < min(limit, source.num_contexts)
-        return index(dictionary, source, path, lm=self.lm, limit=limit, overwrite=overwrite)
+        limit = max(1, tokens // source.context_size)
+        # one of fewer tokens, such as a report makes, gives way
+        return index(dictionary, source, run.features(name), lm=self.lm, limit=limit, overwrite=overwrite, grow=True)
 
 
 def feature_stores(run: Run, names: Sequence[str] | None = None) -> dict[str, FeatureStore]:

@@ -1,5 +1,7 @@
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,3 +63,39 @@ def test_manifest_errors_name_what_is_wrong(tmp_path):
     (tmp_path / "f").write_text("contenT")
     with pytest.raises(UserError, match="f is damaged"):
         files.check_files(tmp_path, hashes)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from saebench.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.readline()
+    Path(sys.argv[2]).write_text("done")
+"""
+
+
+def test_a_lock_is_of_one_process(tmp_path):
+    """Another process holds it: who says what is busy is refused at once, who does not waits for its end."""
+    lock, done = tmp_path / "lock", tmp_path / "done"
+    lock.write_text("content")
+    command = [sys.executable, "-c", HOLDER, str(lock), str(done)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UserError, match="^another process is reading a: wait until it is done$"),
+            files.locked(lock, "reading a"),
+        ):
+            raise AssertionError
+        assert not done.exists()
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        with files.locked(lock):
+            assert done.read_text() == "done"
+    with files.locked(lock, "reading a"), pytest.raises(UserError, match="another process"), files.locked(lock, "reading b"):
+        raise AssertionError  # another handle of the same process is refused as well
+    with pytest.raises(RuntimeError), files.locked(lock):
+        raise RuntimeError
+    with files.locked(lock, "reading a"):  # free again after an exception
+        assert lock.read_text() == "content"

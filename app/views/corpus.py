@@ -18,7 +18,7 @@ from opening import Entry
 from texts import MAX_CHARACTERS, weights_key
 
 from saebench.dictionaries import Dictionary
-from saebench.features.contrast import Difference, contrast, contrast_texts, document_sets
+from saebench.features.contrast import Difference, Unit, contrast, contrast_texts, document_sets
 from saebench.features.documents import common_parts, count_units, paragraphs, tokens_by_document
 from saebench.features.store import FeatureStore
 from saebench.lm import LanguageModel
@@ -81,7 +81,7 @@ def _pattern(key: str, label: str) -> str:
     )  # fmt: skip
 
 
-def _unit() -> str:
+def _unit() -> Unit:
     return address.widget(
         st.segmented_control, "unit", "Chance is judged by", "document", options=list(UNITS), format_func=UNITS.__getitem__,
         help="By documents, a difference holds for other documents like these. By contexts it holds for these documents only: what can be "
@@ -107,16 +107,16 @@ def _sizes(store: FeatureStore, sets: tuple[tuple[str, np.ndarray], ...]) -> boo
     return True
 
 
-def _found(entry: Entry, store: FeatureStore, names: tuple[str, str], masks: tuple[np.ndarray, np.ndarray], unit: str) -> Found:
+def _found(entry: Entry, store: FeatureStore, names: tuple[str, str], masks: tuple[np.ndarray, np.ndarray], unit: Unit) -> Found:
     differences, units = _differences(entry.key, store, masks[0].tobytes(), masks[1].tobytes(), unit)
     return Found(differences, names, units, unit, contrasts.in_documents(store, masks))
 
 
 @st.cache_resource(show_spinner="Counting what fires in either set", max_entries=16)
-def _differences(key: str, _store: FeatureStore, a: bytes, b: bytes, unit: str) -> tuple[list[Difference], tuple[int, int]]:
-    masks = [np.frombuffer(mask, dtype=bool) for mask in (a, b)]
-    units = count_units(_store, masks[0], unit), count_units(_store, masks[1], unit)
-    return contrast(_store, *masks, _store.d_sae, unit=unit), units
+def _differences(key: str, _store: FeatureStore, a: bytes, b: bytes, unit: Unit) -> tuple[list[Difference], tuple[int, int]]:
+    in_a, in_b = (np.frombuffer(mask, dtype=bool) for mask in (a, b))
+    units = count_units(_store, in_a, unit), count_units(_store, in_b, unit)
+    return contrast(_store, in_a, in_b, _store.d_sae, unit=unit), units
 
 
 # --- texts that are in no store ---

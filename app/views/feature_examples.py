@@ -109,7 +109,7 @@ def page(entry: Entry, store: FeatureStore, latent: int) -> str:
     """The feature as one HTML file."""
     texts, _ = opening.label_columns(entry)
     details = store.details(latent)
-    near = {other for other, *_ in (*details.neighbours, *details.read_neighbours, *details.coactive)}
+    near = {other for other, _ in (*details.neighbours, *details.read_neighbours)} | {other for other, *_ in details.coactive}
     return feature_page(
         store,
         latent,

@@ -117,7 +117,7 @@ def _density(entry: Entry) -> None:
         figure = density_histogram(figures["density"], figures["tokens"])
     elif entry.indexed:
         store = opening.store(entry)
-        figure = density_histogram(store.density_F, store.num_tokens)
+        figure = density_histogram(store.density_F.tolist(), store.num_tokens)
     else:
         layout.empty(f"Not known yet: `saebench evaluate {entry.run.path}` or `saebench index {entry.run.path}` measures it.")
         return

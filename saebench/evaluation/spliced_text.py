@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from saebench.codes import SparseCodes
 from saebench.dictionaries import Dictionary
 from saebench.dictionaries.fit import check_model
-from saebench.evaluation.splice import SKIP, splice
-from saebench.features.prompts import MAX_TOKENS, PromptCodes, read_prompt
+from saebench.evaluation.splice import SKIP, Edits, splice
+from saebench.features.prompts import MAX_TOKENS, Prompt, PromptCodes, entries
 from saebench.lm import LanguageModel
 
 
@@ -66,20 +67,34 @@ def read_spliced(lm: LanguageModel, dictionary: Dictionary, text: str, max_token
     check_model(dictionary, lm)
     dictionary = dictionary.to(lm.device)
     config = dictionary.config
-    codes = read_prompt(lm, dictionary, text, max_tokens)
-    ids_CS = torch.tensor([codes.ids], device=lm.device)
+    prompt = Prompt.of(lm, text, max_tokens)
+    ids_CS = torch.tensor([prompt.ids], device=lm.device)
     seen: dict[str, Tensor] = {}  # in the order in which the model computes them, which splice() goes by
     with lm.edit({site: _into(seen, site) for site in config.sites}):
         loss_T = _losses(lm.logits(ids_CS), ids_CS)
-    with lm.edit(splice(dictionary, seen)):
+    codes, y_hat_SD = dictionary.reconstruct_contexts(torch.cat([seen[site].float() for site in config.reads], -1), SKIP)
+    with lm.edit(_edits(dictionary, seen, y_hat_SD)):
         spliced_loss_T = _losses(lm.logits(ids_CS), ids_CS)
-    error_T = np.full(len(codes), np.nan)
-    if len(codes) > SKIP:
-        _, y_hat_SD = dictionary.reconstruct_contexts(torch.cat([seen[site].float() for site in config.reads], -1), SKIP)
+    error_T = np.full(len(prompt.ids), np.nan)
+    if len(prompt.ids) > SKIP:
         y_SD = torch.cat([seen[site][0, SKIP:].float() for site in config.writes], -1).double()
         spread = (y_SD - y_SD.mean(0)).square().sum(1).mean()
         error_T[SKIP:] = ((y_SD - y_hat_SD.double()).square().sum(1) / spread).cpu().numpy() if spread else np.nan
-    return SplicedText(codes, loss_T, spliced_loss_T, error_T)
+    return SplicedText(prompt.with_codes(lm, *entries(codes, len(prompt.ids))), loss_T, spliced_loss_T, error_T)
+
+
+def _edits(dictionary: Dictionary, seen: dict[str, Tensor], y_hat_SD: Tensor) -> Edits:
+    """As `splice`; nothing is encoded again where all is read before anything is written, and so is what the untouched model has there."""
+    config, order = dictionary.config, list(seen)
+    first = min(map(order.index, config.writes))
+    if any(order.index(site) > first for site in config.reads):
+        return splice(dictionary, seen)
+    parts = dict(zip(config.writes, y_hat_SD.split(list(config.blocks_out), dim=1), strict=True))
+    return {site: partial(_behind_first, part_SD) for site, part_SD in parts.items()}
+
+
+def _behind_first(part_SD: Tensor, value_CSD: Tensor) -> Tensor:
+    return torch.cat([value_CSD[:, :SKIP], part_SD[None].to(value_CSD.dtype)], 1)
 
 
 def _into(seen: dict[str, Tensor], site: str) -> Callable[[Tensor], None]:

@@ -12,12 +12,9 @@ Shape suffixes: `N` entries, `F` d_sae, `M` latents of a range, `T` tokens.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +31,17 @@ from saebench.features import layout
 from saebench.features.effects import LogitEffects, Neighbours, encoder_rows
 from saebench.features.store import FeatureStore, map_chunk
 from saebench.features.tables import Listed, write_corpus, write_details, write_latents, write_postings
-from saebench.files import MANIFEST, check_files, identity, map_tensors, read_manifest, sha256, write_manifest, write_tensors
+from saebench.files import (
+    MANIFEST,
+    check_files,
+    identity,
+    locked,
+    map_tensors,
+    read_manifest,
+    sha256,
+    write_manifest,
+    write_tensors,
+)
 from saebench.kernels.latent_order import latent_order
 from saebench.kernels.posting_statistics import coactivation, merge_runs, moments, top_tokens
 from saebench.lm import Contexts
@@ -57,12 +64,13 @@ def index(
     site: str | None = None,
     limit: int | None = None,
     overwrite: bool = False,
+    grow: bool = False,
 ) -> FeatureStore:
     """Build the feature store of a dictionary over a source of activations, or finish or open the one that is there.
 
     It reads the sites it was trained on, or `site`; up to `limit` contexts, spread evenly; position 0 is left out. `lm` gives tokens
-    their text, and latents their effect on the logits. Raises UserError where `out` holds another store, unless it is to be overwritten,
-    and where another process is building it.
+    their text, and latents their effect on the logits. Raises UserError where `out` holds another store, and where another process is
+    building it. To `overwrite`, any other store gives way; to `grow`, one of the same dictionary and activations over fewer contexts.
     """
     out = Path(out)
     sites = [site] if site else list(dictionary.config.reads)
@@ -84,13 +92,14 @@ def index(
         found = FeatureStore(out)
         if found.config == config and found.num_contexts == count:
             return found
-        raise UserError(
-            f"{out} holds features of {found.describe()}, not of {_describe(config, count)}: overwrite it, or name another place"
-        )
+        same = all(found.config[key] == config[key] for key in ("dictionary", "activations"))
+        if not (grow and same and found.num_contexts < count):
+            there, asked = layout.describe(found.config, found.num_contexts), layout.describe(config, count)
+            raise UserError(f"{out} holds features of {there}, not of {asked}: overwrite it, or name another place")
     contexts = source.contexts[numbers_C]
     building = out.with_name(f".{out.name}.building")
     building.mkdir(parents=True, exist_ok=True)
-    with _only_one(building):
+    with locked(building / ".lock", busy=f"building {building}"):
         builder = _Builder.open(building, config, contexts, dictionary.config.d_sae)
         builder.encode(dictionary, source, numbers_C)
         builder.sort(dictionary, lm)
@@ -106,21 +115,6 @@ def fingerprint(dictionary: Dictionary) -> str:
             tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.ndim else repr(tensor.item()).encode()
         )
     return digest.hexdigest()[:16]
-
-
-def _describe(config: dict[str, Any], contexts: int) -> str:
-    return f"dictionary {config['dictionary']} over {contexts} contexts of activations {config['activations']}"
-
-
-@contextmanager
-def _only_one(directory: Path) -> Iterator[None]:
-    """Nobody else builds in a directory while the block runs."""
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is building {directory}: wait until it is done") from None
-        yield
 
 
 @dataclass(frozen=True)
@@ -239,12 +233,7 @@ class _Builder:
         x_CSD = torch.cat([fetched[name].decode() for name in self.config["sites"]], -1)
         codes = dictionary.encode_contexts(x_CSD)
         kept_N = codes.values.reshape(-1) != 0
-        lengths = (
-            codes.l0()
-            if codes.offsets is None
-            else torch.zeros(len(codes), dtype=torch.int64).index_add_(0, codes.tokens, kept_N.long())
-        )
-        lengths_CS = torch.cat([torch.zeros(len(x_CSD), 1, dtype=torch.int64), lengths.view(len(x_CSD), -1)], 1)
+        lengths_CS = torch.cat([torch.zeros(len(x_CSD), 1, dtype=torch.int64), codes.l0().view(len(x_CSD), -1)], 1)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_CS.flatten().cumsum(0)])
         return SparseCodes(codes.indices.reshape(-1)[kept_N], codes.values.reshape(-1)[kept_N], codes.d_sae, starts)
 

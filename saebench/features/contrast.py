@@ -34,6 +34,7 @@ from saebench.lm import LanguageModel
 
 MIN_FIRINGS = 10
 NEITHER = -1
+Unit = Literal["document", "context"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def contrast(
     count: int = 50,
     min_firings: int = MIN_FIRINGS,
     *,
-    unit: Literal["document", "context"] = "document",
+    unit: Unit = "document",
 ) -> list[Difference]:
     """The latents whose rates differ most surely between two sets of documents [documents, bool], by |z|; those with fewer than
     `min_firings` in both together are left out. Reads all postings once, in blocks.
@@ -91,7 +92,7 @@ def themes(
     count: int = 50,
     min_firings: int = MIN_FIRINGS,
     *,
-    unit: Literal["document", "context"] = "document",
+    unit: Unit = "document",
 ) -> list[Difference]:
     """The latents that fire more in some documents [documents, bool] than in all others, by z. Raises UserError as `contrast` does."""
     return _counted(store, mask, ~mask, unit).differences(count, min_firings, more_in_a=True)

@@ -6,6 +6,8 @@ A store holds every code of a corpus twice, by token and by latent, and what fol
 
 from __future__ import annotations
 
+from typing import Any
+
 FORMAT, VERSION = "saebench-features", 1
 FIELDS = {
     "complete", "config", "num_contexts", "num_tokens", "num_entries", "d_sae", "chunk_contexts", "ranges", "value_scale",
@@ -22,6 +24,11 @@ TOP_TOKENS = 20
 NEIGHBOURS = 16
 COACTIVE = 16
 LOGITS = 20
+
+
+def describe(config: dict[str, Any], num_contexts: int) -> str:
+    """What a store is made from, in words."""
+    return f"dictionary {config['dictionary']} over {num_contexts} contexts of activations {config['activations']}"
 
 
 def codes_name(number: int) -> str:

@@ -9,7 +9,6 @@ Shape suffixes: `F` d_sae, `D` width, `K` neighbours.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import warnings
@@ -25,7 +24,7 @@ from saebench.dictionaries import load_dictionary
 from saebench.errors import UserError
 from saebench.features.layout import NEIGHBOURS, details_name
 from saebench.features.store import FeatureStore
-from saebench.files import replacing
+from saebench.files import locked, replacing
 
 VERSION = 1
 KEY = b"saebench-map"
@@ -144,8 +143,7 @@ def main(store_path: str, dictionary_path: str, part: str = "") -> None:
     """Compute the map of a store unless it is there; one process at a time, without getting in anyone's way."""
     os.nice(10)
     store = FeatureStore(store_path)
-    with map_path(store).with_name(f".{store.path.name}.map.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(map_path(store).with_name(f".{store.path.name}.map.lock")):
         if read_map(store) is not None:
             return
         dictionary = load_dictionary(dictionary_path)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saebench.codes import SparseCodes
 from saebench.dictionaries import Dictionary
 from saebench.errors import UserError
 from saebench.features.examples import Example
@@ -21,6 +22,37 @@ from saebench.lm import LanguageModel
 
 MAX_TOKENS = 512
 PIECE, PIECES_AT_ONCE = 128, 16  # tokens of the pieces that many texts are read in
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a text as the model reads it; `added` and `left_out` as in `PromptCodes`."""
+
+    ids: list[int]
+    added: int
+    left_out: int
+
+    @classmethod
+    def of(cls, lm: LanguageModel, text: str, max_tokens: int = MAX_TOKENS) -> Prompt:
+        """As many tokens as there is room for. Raises UserError for a text without tokens."""
+        ids, added = tokenise(lm, text)
+        if len(ids) == added:
+            raise UserError("the text has no tokens: type something")
+        room = min(max_tokens, lm.max_context or max_tokens)
+        return cls(ids[:room], added, max(0, len(ids) - room))
+
+    def with_codes(self, lm: LanguageModel, tokens_N: np.ndarray, latents_N: np.ndarray, values_N: np.ndarray) -> PromptCodes:
+        """With what fires on which token, in any order."""
+        order_N = np.lexsort((-np.abs(values_N), tokens_N))
+        return PromptCodes(
+            ids=self.ids,
+            tokens=[lm.token_strings[i] for i in self.ids],
+            starts=np.concatenate([[0], np.cumsum(np.bincount(tokens_N, minlength=len(self.ids)))]),
+            latents=latents_N[order_N],
+            values=values_N[order_N],
+            added=self.added,
+            left_out=self.left_out,
+        )
 
 
 @dataclass(frozen=True)
@@ -80,23 +112,8 @@ def read_prompt(
     A BOS token, or for tokenizers without one the token that ends documents, is put before the text. What exceeds `max_tokens`, or the
     model's positions, is left out. Raises UserError for a text without tokens, and for a dictionary that names no site.
     """
-    ids, added = tokenise(lm, text)
-    if len(ids) == added:
-        raise UserError("the text has no tokens: type something")
-    room = min(max_tokens, lm.max_context or max_tokens)
-    kept = ids[:room]
-    tokens_N, latents_N, values_N = encode_ids(lm, dictionary, torch.tensor([kept]), sites)
-    order_N = np.lexsort((-np.abs(values_N), tokens_N))
-    counts_T = np.bincount(tokens_N, minlength=len(kept))
-    return PromptCodes(
-        ids=kept,
-        tokens=[lm.token_strings[i] for i in kept],
-        starts=np.concatenate([[0], np.cumsum(counts_T)]),
-        latents=latents_N[order_N],
-        values=values_N[order_N],
-        added=added,
-        left_out=len(ids) - len(kept),
-    )
+    prompt = Prompt.of(lm, text, max_tokens)
+    return prompt.with_codes(lm, *encode_ids(lm, dictionary, torch.tensor([prompt.ids]), sites))
 
 
 def feature_on_text(
@@ -129,13 +146,17 @@ def encode_ids(
     read = lm.read(ids_CS, sites)
     x_CSD = torch.cat([read[site].flatten(2).float() for site in sites], -1)
     codes = dictionary.encode_contexts(x_CSD.to(next(dictionary.parameters()).device))
+    return entries(codes, ids_CS.shape[1])
+
+
+def entries(codes: SparseCodes, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `encode_ids`, from the codes of all tokens but the first of contexts of `size` tokens."""
     rows_N, latents_N, values_N = (t.cpu().numpy() for t in codes.nonzero())
-    size = ids_CS.shape[1]
     return rows_N // (size - 1) * size + rows_N % (size - 1) + 1, latents_N.astype(np.int32), values_N
 
 
 def text_pieces(lm: LanguageModel, texts: Sequence[str], size: int = PIECE) -> list[tuple[int, list[int]]]:
-    """Texts in pieces of up to `size` tokens: the number of the text and the token ids of each, in order; a piece begins as a document does."""
+    """Texts in pieces of up to `size` tokens, each begun as a document is: the number of the text and the token ids of each, in order."""
     size = min(size, lm.max_context or size)
     pieces: list[tuple[int, list[int]]] = []
     for number, text in enumerate(texts):
@@ -150,12 +171,17 @@ def encode_pieces(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """The codes of pieces, those of one length together: the place of the piece among them [N], the position in it [N], latents [N] and
     values [N]. Each batch has all entries of its pieces; pieces of one token have none."""
+    for places, ids_CS in batches(pieces):
+        tokens_N, latents_N, values_N = encode_ids(lm, dictionary, ids_CS, sites)
+        length = ids_CS.shape[1]
+        yield places[tokens_N // length], tokens_N % length, latents_N, values_N
+
+
+def batches(pieces: Sequence[tuple[int, list[int]]]) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Pieces of one length together: their places among all [C], and their tokens [C, S]. Pieces of one token are left out."""
     by_length = sorted(range(len(pieces)), key=lambda place: len(pieces[place][1]))
     for length, alike in groupby(by_length, lambda place: len(pieces[place][1])):
         places = np.fromiter(alike, dtype=np.int64)
-        if length > 1:
-            for start in range(0, len(places), PIECES_AT_ONCE):
-                some = places[start : start + PIECES_AT_ONCE]
-                ids_CS = torch.tensor([pieces[place][1] for place in some.tolist()])
-                tokens_N, latents_N, values_N = encode_ids(lm, dictionary, ids_CS, sites)
-                yield some[tokens_N // length], tokens_N % length, latents_N, values_N
+        for start in range(0, len(places) if length > 1 else 0, PIECES_AT_ONCE):
+            some = places[start : start + PIECES_AT_ONCE]
+            yield some, torch.tensor([pieces[place][1] for place in some.tolist()])

@@ -91,9 +91,6 @@ class FeatureStore:
     def __repr__(self) -> str:
         return f"FeatureStore({str(self.path)!r}: {self.d_sae:,} latents over {self.num_tokens:,} tokens)"
 
-    def describe(self) -> str:
-        return f"dictionary {self.config['dictionary']} over {self.num_contexts} contexts of activations {self.config['activations']}"
-
     @property
     def identity(self) -> str:
         return identity(self.manifest["files"])
@@ -191,14 +188,9 @@ class FeatureStore:
         """What is listed of a latent. Raises UserError for an unknown one."""
         self.check_latent(latent)
         number = int(self._places[0][latent])
-        file, place = self._details[number], latent - self.manifest["ranges"][number][0]
-        for group in range(file.num_row_groups):
-            size = file.metadata.row_group(group).num_rows
-            if place < size:
-                break
-            place -= size
+        group, place = divmod(latent - self.manifest["ranges"][number][0], layout.DETAILS_GROUP)
         with self._reading:
-            table = file.read_row_group(group)
+            table = self._details[number].read_row_group(group)
         row = {name: value[0] for name, value in table.slice(place, 1).to_pydict().items()}
         counts = self.counts_F
         low, high = (float(self.latents[name][latent].as_py()) for name in ("min", "max"))

@@ -18,7 +18,7 @@ from saebench.features.labelling.labels import Label
 from saebench.features.store import Details, FeatureStore
 from saebench.figures.features import position_rates, shade
 from saebench.figures.plots import PALETTE
-from saebench.figures.tokens import alone, html_context
+from saebench.figures.tokens import alone, html_example
 
 STYLE = """
 :root { color-scheme: light dark; --hot: 213, 94, 0; --cold: 0, 114, 178; --line: rgba(128,128,128,.3); --soft: rgba(128,128,128,.1); }
@@ -129,10 +129,7 @@ def feature_page(
 def _rows(examples: Iterable[Example], strongest: float, store: FeatureStore) -> str:
     rows = []
     for example in examples:
-        line = html_context(
-            example.ids, example.values, strongest, store.token_strings.__getitem__,
-            focus=example.focus, first=example.first % store.context_size,
-        )  # fmt: skip
+        line = html_example(example, strongest, store)
         document = html.escape(example.document)
         rows.append(
             f'<div class="row"><b>{example.values[example.focus]:.2f}</b><div>{line}<br><small>{document}</small></div></div>'

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.text import Text
 
-from saebench.features import Example, Feature
+from saebench.features import Example, Feature, FeatureStore
 
 STRONG = (213, 94, 0)  # vermilion of Okabe and Ito's palette
 
@@ -88,3 +88,15 @@ def html_context(
             text = f'<i{named} style="--a:{shade:.2f}" data-v="{value:.4g}"{place}>{text}</i>'
         parts.append(text)
     return f'<span class="sb-context">{"".join(parts)}</span>'
+
+
+def html_example(example: Example, strongest: float, store: FeatureStore) -> str:
+    """An example of a store as `html_context` gives it: its firing in focus, positions counted in its context."""
+    return html_context(
+        example.ids,
+        example.values,
+        strongest,
+        store.token_strings.__getitem__,
+        focus=example.focus,
+        first=example.first % store.context_size,
+    )

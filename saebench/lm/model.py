@@ -248,7 +248,7 @@ class LanguageModel:
         that ends is filled with the token that ends texts; with `whole` no text ends, and all have max_new_tokens."""
         self.check_generation(ids_BS.shape[1], max_new_tokens)
         ids_BS = ids_BS.to(self.device, dtype=torch.int64)
-        sampling = (
+        sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
         )
         if whole:

@@ -17,7 +17,7 @@ from torch import Tensor
 from saebench.dictionaries import Dictionary, TopK
 from saebench.dictionaries.geometry import random_unit_rows
 from saebench.errors import UserError
-from saebench.features.prompts import PIECE, text_pieces
+from saebench.features.prompts import PIECE, batches, text_pieces
 from saebench.lm import LanguageModel
 from saebench.steering.activity import Activity
 from saebench.steering.edits import Edit
@@ -79,7 +79,7 @@ def diff_mean(lm: LanguageModel, site: str, positives: Sequence[str], negatives:
         parts = [(x_TD.sum(0, dtype=torch.float64), len(x_TD)) for x_TD in _activations(lm, [site], texts)]
         if not parts:
             raise UserError(f"the {side} have no tokens: give texts of a few words at least")
-        means.append(sum(total for total, _ in parts) / sum(count for _, count in parts))  # type: ignore[arg-type]
+        means.append(sum(total for total, _ in parts) / sum(count for _, count in parts))
     return (means[0] - means[1]).float()
 
 
@@ -131,7 +131,6 @@ def random_dictionary(lm: LanguageModel, site: str, texts: Sequence[str], d_sae:
 
 def _activations(lm: LanguageModel, sites: list[str], texts: Sequence[str]) -> Iterator[Tensor]:
     """What stands at some sites, side by side, on the tokens of texts but the first of each piece: [T, D] float32, on the CPU."""
-    for _, ids in text_pieces(lm, texts, PIECE):
-        if len(ids) > 1:
-            read = lm.read(torch.tensor([ids]), sites)
-            yield torch.cat([read[site][0, 1:].flatten(1).float() for site in sites], -1).cpu()
+    for _, ids_CS in batches(text_pieces(lm, texts, PIECE)):
+        read = lm.read(ids_CS, sites)
+        yield torch.cat([read[site][:, 1:].flatten(2).flatten(0, 1).float() for site in sites], -1).cpu()

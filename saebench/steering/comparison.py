@@ -63,12 +63,12 @@ def compare(
     for side, texts in (("positives", positives), ("negatives", negatives)):
         if len(texts) < LEAST_TEXTS:
             raise UserError(f"{len(texts)} {side} say too little about a concept: give at least {LEAST_TEXTS}")
-    target = target or Likeness.between(lm.tokenizer, positives, negatives)
+    wanted = target or Likeness.between(lm.tokenizer, positives, negatives)
     methods = methods_for(
         lm, dictionary, positives, negatives, prompts, count=count, chosen=chosen, controls=controls, seed=seed,
         room=options.get("max_new_tokens", 32),
     )  # fmt: skip
-    return dose_response(lm, methods, prompts, target, neutral=neutral, **options)
+    return dose_response(lm, methods, prompts, wanted, neutral=neutral, **options)
 
 
 def methods_for(

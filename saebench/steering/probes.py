@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from scipy.special import ndtr, stdtrit
 from saebench.dictionaries import Dictionary
 from saebench.dictionaries.fit import check_model
 from saebench.errors import UserError
-from saebench.features.prompts import PIECES_AT_ONCE, text_pieces
+from saebench.features.prompts import batches, text_pieces
 from saebench.lm import LanguageModel
 from saebench.steering.activity import activity
 from saebench.steering.chosen import Chosen
@@ -315,11 +314,9 @@ def _pooled(lm: LanguageModel, sites: Sequence[str], texts: Sequence[str]) -> tu
     sums = {site: np.zeros((len(texts), lm.width(site))) for site in sites}
     lengths_U = _lengths(lm, texts)
     _check_tokens(texts, lengths_U)
-    pieces = sorted((piece for piece in text_pieces(lm, texts) if len(piece[1]) > 1), key=lambda piece: len(piece[1]))
-    for _, alike in groupby(pieces, lambda piece: len(piece[1])):
-        same = list(alike)
-        for start in range(0, len(same), PIECES_AT_ONCE):
-            numbers, ids = zip(*same[start : start + PIECES_AT_ONCE], strict=True)
-            for site, x_PSD in lm.read(torch.tensor(ids), list(sites)).items():
-                np.add.at(sums[site], list(numbers), x_PSD[:, 1:].sum(1, dtype=torch.float64).cpu().numpy())
+    pieces = text_pieces(lm, texts)
+    numbers_P = np.array([number for number, _ in pieces])
+    for places, ids_CS in batches(pieces):
+        for site, x_CSD in lm.read(ids_CS, list(sites)).items():
+            np.add.at(sums[site], numbers_P[places], x_CSD[:, 1:].sum(1, dtype=torch.float64).cpu().numpy())
     return {site: sum_UD / lengths_U[:, None] for site, sum_UD in sums.items()}, lengths_U

@@ -18,7 +18,10 @@ from saebench.errors import UserError
 class Target(Protocol):
     """A number of every text, larger where it is more of what is wanted."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called in tables and figures."""
+        ...
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """[U] float64."""

@@ -89,6 +89,13 @@ def add_app_to_path() -> None:
         sys.path.insert(0, str(APP))
 
 
+def settle(page) -> None:
+    """Wait until the script of a page in a browser has run to its end."""
+    page.wait_for_selector(".sb-title")
+    page.wait_for_timeout(300)
+    page.wait_for_selector("[data-test-script-state=notRunning]")
+
+
 def dense(store) -> np.ndarray:
     """Values of all latents on all tokens of a store: [T, F]."""
     dense_TF = np.zeros((store.num_contexts * store.context_size, store.d_sae))

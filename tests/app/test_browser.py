@@ -1,140 +1,29 @@
 """The browser in headless Chromium, as a person uses it: Overview, Features, Feature, links, exports, hostile texts, two visitors.
 
-Skipped with one line where there is no Chromium. Errors in the console, requests to elsewhere and boxes of Streamlit fail every test.
+What fails every test of these is in conftest.py.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import numpy as np
 import pytest
+from page_run import HOSTILE, LABELLED, settle
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests skipped: playwright is not installed")
-pytest.importorskip("streamlit", reason="browser tests skipped: streamlit is not installed")
+from saebench.features import FeatureStore, top_examples
+from saebench.features.labelling.notes import Notes
+from saebench.figures.tokens import alone
 
-from page_run import HOSTILE, LABELLED  # noqa: E402
-
-from saebench.features import FeatureStore, top_examples  # noqa: E402
-from saebench.features.labelling.notes import Notes  # noqa: E402
-from saebench.figures.tokens import alone  # noqa: E402
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="browser tests skipped: no chromium on PATH (apt-get install chromium)"),
-]
-READY = "[data-test-script-state=notRunning]"
-PATIENCE = 60_000  # milliseconds, for machines that do much else
+pytestmark = pytest.mark.slow
 PAGES = ("overview", "features", "feature", "prompt", "compare", "corpus")
-
-
-@pytest.fixture(scope="module")
-def runs(hostile_run, tmp_path_factory):
-    """The run, and a copy of it whose store b is damaged."""
-    damaged = tmp_path_factory.mktemp("runs") / "damaged"
-    shutil.copytree(hostile_run.path, damaged)
-    next((damaged / "features" / "b").glob("details-*.parquet")).write_bytes(b"")
-    return [hostile_run.path, damaged]
-
-
-@pytest.fixture(scope="module")
-def server(runs, tmp_path_factory):
-    """Where `saebench browse` shows the runs; Ctrl-C must end it cleanly."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "saebench", "browse", "--no-open", "--port", str(port), *map(str, runs)]
-    log = (tmp_path_factory.mktemp("log") / "server.log").open("w+")
-    process = subprocess.Popen(
-        command, stdout=log, stderr=log, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}, start_new_session=True
-    )
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health").close()
-                break
-            except OSError:
-                assert process.poll() is None, log.seek(0) or log.read()
-                time.sleep(0.25)
-        yield f"http://127.0.0.1:{port}"
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=30) == 0
-        log.seek(0)
-        assert "Traceback" not in log.read()
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        log.close()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(chromium, server, runs):
-    """Opens pages in contexts of their own."""
-    found, contexts = [], []
-
-    def note(message):
-        # asking below the page's own path first is how Streamlit finds its server
-        asked = re.search(r"/_stcore/(health|host-config)$", message.location.get("url", ""))
-        if message.type == "error" and not asked:
-            found.append(message.text)
-
-    def outside(request):
-        if not request.url.startswith((server, "data:", "blob:")):
-            found.append(request.url)
-
-    def open_page(path: str, *, context=None, **options):
-        if context is None:
-            context = chromium.new_context(**{"viewport": {"width": 1400, "height": 900}, "accept_downloads": True} | options)
-            contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("console", note)
-        page.on("pageerror", lambda error: found.append(str(error)))
-        page.on("request", outside)
-        page.on("dialog", lambda dialog: found.append(f"dialog: {dialog.message}"))
-        page.goto(f"{server}/{path}")
-        settle(page)
-        return page
-
-    yield open_page
-    for context in contexts:
-        for page in context.pages:
-            assert "taken" not in page.title() and page.locator(".sb img, .sb script, .sb-grid img").count() == 0
-            assert page.locator("[data-testid=stException], [data-testid=stAlert]").count() == 0
-        context.close()
-    assert not found
 
 
 @pytest.fixture(scope="module")
 def store(hostile_run):
     return FeatureStore(hostile_run.features("a"))
-
-
-def settle(page) -> None:
-    """Wait until the script has run to its end."""
-    page.wait_for_selector(".sb-title")
-    page.wait_for_timeout(300)
-    page.wait_for_selector(READY)
 
 
 def column(page, number: int) -> list[str]:
@@ -345,7 +234,6 @@ def test_pages_fit_a_narrow_window_in_both_colours(visit, scheme):
     assert (sum(map(int, re.findall(r"\d+", dark)[:3])) < 200) == (scheme == "dark")
 
 
-@pytest.mark.slow
 def test_the_map_is_computed_and_opens_features(visit, store):
     page = visit("features?run=small&dictionary=a&view=Map")
     page.get_by_role("button", name="Compute the map").click()

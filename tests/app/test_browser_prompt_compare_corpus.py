@@ -3,106 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pytest
+from page_run import HOSTILE, LABELLED, settle
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests skipped: playwright is not installed")
-pytest.importorskip("streamlit", reason="browser tests skipped: streamlit is not installed")
-
-from page_run import HOSTILE, LABELLED  # noqa: E402
-
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="browser tests skipped: no chromium on PATH (apt-get install chromium)"),
-]
-READY = "[data-test-script-state=notRunning]"
+pytestmark = pytest.mark.slow
 TEXT = f"def value_3(x):\n    return {HOSTILE}"
-PATIENCE = 60_000  # milliseconds, for machines that do much else
-
-
-@pytest.fixture(scope="module")
-def address(hostile_run, tmp_path_factory):
-    """Where a server shows the small run."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "saebench", "browse", "--no-open", "--port", str(port), str(hostile_run.path)]
-    log = (tmp_path_factory.mktemp("log") / "server.log").open("w+")
-    server = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health").close()
-                break
-            except OSError:
-                assert server.poll() is None, log.seek(0) or log.read()
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-        log.close()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(chromium, address):
-    """Opens pages, waits until they are done, and in the end fails on errors in the console, requests to elsewhere, or markup that ran."""
-    found, contexts = [], []
-
-    def note(message):
-        # asking below the page's own path first is how Streamlit finds its server
-        asked = re.search(r"/_stcore/(health|host-config)$", message.location.get("url", ""))
-        if message.type == "error" and not asked:
-            found.append(message.text)
-
-    def open_page(path: str, scheme: str = "light"):
-        context = chromium.new_context(viewport={"width": 1400, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE)
-        page.on("console", note)
-        page.on("pageerror", lambda error: found.append(str(error)))
-        page.on(
-            "request",
-            lambda request: found.append(request.url) if not request.url.startswith((address, "data:", "blob:")) else None,
-        )
-        page.goto(f"{address}/{path}")
-        settle(page)
-        return page
-
-    yield open_page
-    for context in contexts:
-        for page in context.pages:
-            assert "taken" not in page.title() and page.locator(".sb img, .sb script").count() == 0
-            assert page.locator(".sb-problem").count() == 0, page.locator(".sb-problem").first.inner_text()
-            assert page.locator("[data-testid=stException]").count() == 0
-        context.close()
-    assert not found
-
-
-def settle(page) -> None:
-    """Wait until the script has run to its end."""
-    page.wait_for_selector(".sb-title")
-    page.wait_for_timeout(250)
-    page.wait_for_selector(READY)
 
 
 def click(page, selector: str) -> None:
@@ -139,7 +46,7 @@ def test_a_prompt_is_typed_pointed_at_clicked_and_shared(visit):
     click(page, "text=all tokens")
     page.wait_for_function("!location.search.includes('at=')")
     page.wait_for_selector("th:has-text('Strongest features')")
-    shared = visit(page.url.split("/", 3)[3], "dark")  # what another person sees who is given the address
+    shared = visit(page.url.split("/", 3)[3], color_scheme="dark")  # what another person sees who is given the address
     shared.wait_for_selector(".sb-tokens .shaded")
     assert shared.locator(".sb-tokens .shaded").count() == shaded
     assert shared.locator("textarea").input_value() == TEXT
@@ -212,7 +119,7 @@ def test_a_corpus_is_explored(visit):
 
 
 def test_two_texts_are_contrasted_one_pasted_one_uploaded(visit):
-    page = visit("corpus?run=small&dictionary=a&corpus=texts", "dark")
+    page = visit("corpus?run=small&dictionary=a&corpus=texts", color_scheme="dark")
     page.locator("textarea").first.fill("\n\n".join(f"return {i} + {i}" for i in range(8)))
     page.keyboard.press("Control+Enter")
     settle(page)

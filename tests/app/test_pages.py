@@ -366,7 +366,7 @@ class Harmless(HTMLParser):
         assert tag in TAGS, tag
         for name, value in attrs:
             assert name in ATTRIBUTES, name
-            assert name != "href" or re.match(r"(feature|features|corpus)\?", value), value
+            assert name != "href" or re.match(r"(feature|features|corpus|steering)\?", value), value
 
 
 TAGS = {

@@ -1,7 +1,6 @@
 """The feature store against brute force on dense codes, table by table; and what happens when building it is stopped, or files are
 damaged."""
 
-import fcntl
 import json
 import shutil
 
@@ -15,7 +14,7 @@ from saebench.dictionaries import parse_dictionary
 from saebench.errors import UserError
 from saebench.features import FeatureStore, building, index, layout
 from saebench.features.building import ranges_of, scale_for
-from saebench.files import MANIFEST
+from saebench.files import MANIFEST, locked
 
 RESID, MLP_IN, MLP_OUT = "blocks.1.hook_resid_post", "blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out"
 ATTN_IN, ATTN_OUT, Z = "blocks.1.ln1.hook_out", "blocks.1.hook_attn_out", "blocks.1.attn.hook_z"
@@ -243,12 +242,22 @@ def test_an_open_store_outlives_its_replacement(topk, dictionaries, stream, tiny
     assert all(np.array_equal(a, b) for latent in range(3) for a, b in zip(old.postings(latent), before[latent], strict=True))
 
 
+def test_to_grow_is_to_replace_one_of_fewer_contexts(topk, dictionaries, stream, tmp_path):
+    small = index(topk, stream, tmp_path / "it", limit=7)
+    for again in ({}, {"dictionary": dictionaries["jumprelu"], "grow": True}):
+        with pytest.raises(UserError, match="over 7 contexts .* over 20 contexts .* overwrite it"):
+            index(**{"dictionary": topk, "source": stream, "out": tmp_path / "it", "limit": 20} | again)
+    assert FeatureStore(tmp_path / "it").identity == small.identity
+    assert index(topk, stream, tmp_path / "it", limit=20, grow=True).num_contexts == 20
+    assert index(topk, stream, tmp_path / "it", limit=20, grow=True).num_contexts == 20
+    with pytest.raises(UserError, match="over 20 contexts .* over 7 contexts .* overwrite it"):
+        index(topk, stream, tmp_path / "it", limit=7, grow=True)
+
+
 def test_two_at_once_are_refused(topk, stream, tmp_path):
     (tmp_path / ".it.building").mkdir()
-    with (tmp_path / ".it.building" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is building"):
-            index(topk, stream, tmp_path / "it")
+    with locked(tmp_path / ".it.building" / ".lock"), pytest.raises(UserError, match="another process is building"):
+        index(topk, stream, tmp_path / "it")
 
 
 def test_damage_is_named(topk, stream, tmp_path):

@@ -184,7 +184,8 @@ def test_a_crosscoder_writes_all_its_sites_from_the_untouched_readings(tiny_lm, 
 @pytest.mark.parametrize("kind", ["topk", "transcoder", "crosscoder", "clt", "lorsa"])
 def test_with_a_cache_as_in_one_pass(kind, positions, tiny_lm, kinds):
     """The same text in one pass and token by token: an edit that knows where it is gives the same logits. What belongs to the prompt and
-    what to the text after it is said to the single pass as a span. Readings ahead of a crosscoder are of the text as it was steered before."""
+    what to the text after it is said to the single pass as a span. Readings ahead of a crosscoder are of the text as it was
+    steered before."""
     dictionary, prompt, size = kinds[kind], 4, IDS.shape[1]
     token = tiny_lm.token_strings[int(IDS[0, 2])] if positions.startswith("after") else None
     said = positions if token is None else f"after:{token}"

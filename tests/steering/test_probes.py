@@ -163,7 +163,7 @@ def test_length_shows_up_as_length():
 
 
 def test_features_are_means_over_tokens(tiny_lm, kinds, monkeypatch):
-    monkeypatch.setattr("saebench.steering.probes.PIECES_AT_ONCE", 3)
+    monkeypatch.setattr("saebench.features.prompts.PIECES_AT_ONCE", 3)
     texts, seen = [*CODE, *PROSE[:-1], PROSE[0] * 12], {}
     from saebench.steering import probes
 

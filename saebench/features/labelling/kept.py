@@ -5,7 +5,6 @@ A line that a kill cut short does not count and is cut off when the file is next
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -17,6 +16,7 @@ from typing import IO
 
 from saebench.errors import UserError
 from saebench.features.labelling.label import Label
+from saebench.files import locked
 
 FORMAT, VERSION = "saebench-endpoint-labels", 1
 
@@ -52,11 +52,7 @@ class KeptLabels:
     @contextmanager
     def writing(self) -> Iterator[IO[bytes]]:
         """Add labels while the block runs, with `add`. Raises UserError where another process does."""
-        with self.path.open("ab+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is labelling into {self.path}: wait until it is done") from None
+        with locked(self.path, busy=f"labelling into {self.path}"), self.path.open("ab+") as file:
             file.seek(0)
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)

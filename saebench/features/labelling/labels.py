@@ -7,10 +7,8 @@ endpoint (`endpoint.py`) and these.
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from saebench.features.labelling.wording import kind, wording
 from saebench.features.layout import details_name
 from saebench.features.scanning import blocks
 from saebench.features.store import FeatureStore
-from saebench.files import replacing
+from saebench.files import locked, replacing
 from saebench.progress import progress
 
 FORMAT, VERSION = "saebench-labels", 1
@@ -45,6 +43,11 @@ PLACES_SCORED = 300  # at which a rule is true, of which the precision is taken
 def labels_path(store: FeatureStore) -> Path:
     """Where the offline labels of a store are kept."""
     return beside(store.path, OFFLINE)
+
+
+def lock_path(store: FeatureStore) -> Path:
+    """What is locked while a store is labelled."""
+    return store.path.with_name(f".{store.path.name}.labels.lock")
 
 
 # --- making them ---
@@ -61,7 +64,7 @@ def label_offline(store: FeatureStore, latents: Iterable[int] | None = None, *, 
     for latent in latents or ():
         store.check_latent(latent)
         wanted_F[latent] = True
-    with _only_one(store):
+    with locked(lock_path(store), busy=f"labelling {store.path}"):
         kept = read_offline(store, seed)
         tables = [SCHEMA.empty_table() if kept is None else kept]
         known = tables[0]["latent"].to_numpy()
@@ -190,17 +193,6 @@ def read_offline(store: FeatureStore, seed: int | None = None) -> pa.Table | Non
     if any(found.get(key) != value for key, value in expected.items()) or table.schema.names != SCHEMA.names:
         return None
     return table
-
-
-@contextmanager
-def _only_one(store: FeatureStore) -> Iterator[None]:
-    """Nobody else labels a store while the block runs."""
-    with store.path.with_name(f".{store.path.name}.labels.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is labelling {store.path}: wait until it is done") from None
-        yield
 
 
 # --- looking them up ---

@@ -6,10 +6,7 @@ step. A file that cannot be read is named and left as it is. The format is in do
 
 from __future__ import annotations
 
-import fcntl
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from typing import Any
 from saebench.errors import UserError
 from saebench.features.labelling.label import NOTES, beside
 from saebench.features.store import FeatureStore
-from saebench.files import read_json, write_json
+from saebench.files import locked, read_json, write_json
 
 FORMAT, VERSION = "saebench-notes", 1
 LONGEST_LABEL, LONGEST_NOTE = 300, 20_000
@@ -74,37 +71,32 @@ class Notes:
     def change(self, latent: int, *, bookmark: bool | None = None, label: str | None = None, note: str | None = None) -> Note:
         """Set what is given and leave the rest, whatever others wrote meanwhile; what is empty altogether is removed.
 
-        Returns the note as it is now. Raises UserError for an unknown latent, for text that is too long, and where the file is damaged,
-        which is then left as it is."""
+        Returns the note as it is now. Raises UserError for an unknown latent, for text that is too long, where the file cannot be written,
+        and where it is damaged, which is then left as it is."""
         if not 0 <= latent < self.latents:
             raise UserError(f"latent {latent} is not one of the {self.latents:,}, counted from 0")
         for name, text, longest in (("label", label, LONGEST_LABEL), ("note", note, LONGEST_NOTE)):
             if text is not None and len(text) > longest:
                 raise UserError(f"the {name} of latent {latent} has {len(text):,} characters: {longest:,} is the most")
         given: dict[str, Any] = {"bookmark": bookmark, "label": label and " ".join(label.split()), "note": note and note.strip()}
-        with _locked(self.path):
-            notes = dict(_parsed(self.path)) if self.path.exists() else {}
-            before = notes.pop(latent, Note())
-            after = replace(before, **{name: value for name, value in given.items() if value is not None})
-            if after == before:
-                return before
-            after = replace(after, changed=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-            if after.bookmark or after.label or after.note:
-                notes[latent] = after
-            kept = {str(number): asdict(one) for number, one in sorted(notes.items())}
-            write_json(self.path, {"format": FORMAT, "version": VERSION, "latents": kept})
+        try:
+            with locked(self.path.with_name(f".{self.path.name}.lock")):
+                return self._changed(latent, {name: value for name, value in given.items() if value is not None})
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def _changed(self, latent: int, given: dict[str, Any]) -> Note:
+        notes = dict(_parsed(self.path)) if self.path.exists() else {}
+        before = notes.pop(latent, Note())
+        after = replace(before, **given)
+        if after == before:
+            return before
+        after = replace(after, changed=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        if after.bookmark or after.label or after.note:
+            notes[latent] = after
+        kept = {str(number): asdict(one) for number, one in sorted(notes.items())}
+        write_json(self.path, {"format": FORMAT, "version": VERSION, "latents": kept})
         return after
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Nobody else changes the file while the block runs. Raises UserError where it cannot be written."""
-    try:
-        with path.with_name(f".{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _parsed(path: Path) -> dict[int, Note]:

@@ -11,12 +11,6 @@ from saebench.features.labelling.asking import CLOSE, OPEN, Asker, read_label, r
 from saebench.features.labelling.scoring import halves
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    rows, names = planted.corpus()
-    return planted.make(tmp_path_factory.mktemp("features") / "planted", rows, names, planted.codes(rows))
-
-
 def test_snippets_fire_as_they_say(store):
     """Each by brute force: a snippet without a firing has none anywhere in it."""
     rows, _ = planted.corpus()

@@ -34,15 +34,10 @@ def server():
     server.close()
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    rows, names = planted.corpus()
-    return planted.make(tmp_path_factory.mktemp("features") / "planted", rows, names, planted.codes(rows))
-
-
 @pytest.fixture
-def store(made, tmp_path):
-    shutil.copytree(made.path, tmp_path / "planted")
+def store(store, tmp_path):
+    """One of its own for every test."""
+    shutil.copytree(store.path, tmp_path / "planted")
     return FeatureStore(tmp_path / "planted")
 
 

@@ -1,32 +1,11 @@
 """Looking labels up: by latent, by words, one's own first."""
 
-import shutil
-
 import planted
-import pytest
 from planted import CALL, DEAD, SELF, TWO
 
-from saebench.features import FeatureStore
 from saebench.features.labelling.label import Label, beside
 from saebench.features.labelling.labels import Labels, label_offline
 from saebench.features.labelling.notes import Notes
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    rows, names = planted.corpus()
-    return planted.make(tmp_path_factory.mktemp("features") / "planted", rows, names, planted.codes(rows))
-
-
-@pytest.fixture(scope="module")
-def labels(store):
-    return label_offline(store)
-
-
-@pytest.fixture
-def fresh(store, tmp_path):
-    shutil.copytree(store.path, tmp_path / "planted")
-    return FeatureStore(tmp_path / "planted")
 
 
 def test_search(labels):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import torch
 from planted import CALL, CASES, DEAD, EARLY, LINE, NEXT, NOISE, REPEAT, SELDOM, SELF, SIZE, TOPIC, TWO, UNIT, WORD
 
 from saebench.errors import UserError
-from saebench.features import FeatureStore
 from saebench.features.labelling import labels as labels_module
 from saebench.features.labelling.corpus import POOL, Corpus
 from saebench.features.labelling.firings import FIRINGS
@@ -25,28 +23,7 @@ from saebench.features.labelling.labels import NEVER, NO_PATTERN, Labels, label_
 from saebench.features.labelling.labels import SELDOM as TOO_SELDOM
 from saebench.features.labelling.rules import Rule
 from saebench.features.labelling.scoring import halves
-
-
-@pytest.fixture(scope="module")
-def text():
-    return planted.corpus()
-
-
-@pytest.fixture(scope="module")
-def store(text, tmp_path_factory):
-    return planted.make(tmp_path_factory.mktemp("features") / "planted", *text, planted.codes(text[0]))
-
-
-@pytest.fixture(scope="module")
-def labels(store):
-    return label_offline(store)
-
-
-@pytest.fixture
-def fresh(store, tmp_path):
-    """A store of its own, for tests that change what is beside it."""
-    shutil.copytree(store.path, tmp_path / "planted")
-    return FeatureStore(tmp_path / "planted")
+from saebench.files import locked
 
 
 def test_what_was_planted_is_said(labels):
@@ -280,7 +257,7 @@ def test_what_is_wrong_is_named(fresh):
 
 
 def test_two_processes_do_not_label_at_once(fresh):
-    with labels_module._only_one(fresh), pytest.raises(UserError, match="another process is labelling"):
+    with locked(labels_module.lock_path(fresh)), pytest.raises(UserError, match="another process is labelling"):
         label_offline(fresh, [SELF])
     assert label_offline(fresh, [SELF]).of(SELF) is not None
 
