@@ -18,6 +18,7 @@ ICONS = {
     "features": ":material/table_rows:",
     "feature": ":material/highlight:",
     "prompt": ":material/edit_note:",
+    "steering": ":material/tune:",
     "compare": ":material/compare_arrows:",
     "corpus": ":material/library_books:",
 }

@@ -61,6 +61,7 @@ _NAMES = {
     "evaluate": "saebench.evaluation:evaluate",
     "index": "saebench.features:index",
     "FeatureStore": "saebench.features:FeatureStore",
+    "steer": "saebench.steering:steer",
     "PlantedDictionary": "saebench.synthetic:PlantedDictionary",
     "UserError": "saebench.errors:UserError",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 from typing import Literal
 
@@ -12,7 +11,7 @@ import layout
 import numpy as np
 import opening
 import streamlit as st
-from naming import names
+from naming import link_chip, names
 from opening import Entry
 from views import feature_examples, feature_live
 
@@ -181,10 +180,8 @@ def _chips(chips: list[str]) -> None:
 
 
 def _steering(entry: Entry, latent: int) -> None:
-    layout.heading("Steer with it")
-    words = ["saebench", "steer", str(entry.run.path), "--dictionary", entry.name, "--feature", str(latent), "--strength", "5"]
-    aside = "adds the feature while the model writes, and shows the text with and without it"
-    if importlib.util.find_spec("saebench.commands.steer") is None:
-        aside = "a later version brings this command"
-    layout.show(f'<span class="sb-dim">In a terminal; {aside}.</span>')
+    layout.heading("Steer with it", "add it while the model writes, and see the text with and without it")
+    link = link_chip("Steer with it", "steering", run=entry.run.name, dictionary=entry.name, edits=latent)
+    words = ["saebench", "steer", str(entry.run.path), "--dictionary", entry.name, "--feature", str(latent)]
+    layout.show(f'{link} <span class="sb-dim">or in a terminal:</span>')
     st.code(shlex.join([*words, "--prompt", "Once upon a time"]), language="bash", wrap_lines=True)

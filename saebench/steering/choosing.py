@@ -32,6 +32,7 @@ from saebench.features.effects import LogitEffects
 from saebench.features.prompts import text_pieces
 from saebench.features.store import FeatureStore
 from saebench.lm import LanguageModel
+from saebench.steering.activity import Activity
 from saebench.steering.baselines import random_directions, unit_of
 from saebench.steering.chosen import Chosen
 from saebench.steering.edits import latent_rows
@@ -93,6 +94,20 @@ def _more(differences: Sequence[Difference], count: int) -> Chosen:
     _check_count(count)
     more = [difference for difference in differences if difference.z > 0][:count]
     return Chosen("contrast", tuple(d.latent for d in more), tuple(d.z for d in more))
+
+
+def weighted(chosen: Chosen, positives: Activity, negatives: Activity) -> Chosen:
+    """The same latents with weights: by how much their mean activation is larger in the positives than in the negatives. The direction that
+    they make together is the part of DiffMean that these latents write. Those that are not larger are left out; raises UserError where
+    none is."""
+    gain_F = positives.sums_F / max(1, positives.tokens) - negatives.sums_F / max(1, negatives.tokens)
+    kept = [place for place, latent in enumerate(chosen.latents) if gain_F[latent] > 0]
+    return Chosen(
+        f"{chosen.method}, weighted",
+        tuple(chosen.latents[place] for place in kept),
+        tuple(chosen.scores[place] for place in kept),
+        tuple(float(gain_F[chosen.latents[place]]) for place in kept),
+    )
 
 
 def by_output(

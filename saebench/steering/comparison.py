@@ -1,12 +1,14 @@
 """Selected features beside what they have to beat, in one call: methods made from two sets of texts, and their dose-response.
 
-Features: by contrast, by output score among those, by LangFIR from the positives alone, and whatever is given. Baselines: DiffMean, the
-first component, a prompt. Controls: random directions, random latents of the same density, and contrast among random directions.
+Features: by contrast and by output score among those, the best few alike and all weighted by how much more active they are; by LangFIR
+from the positives alone; and whatever is given. Baselines: DiffMean, the first component, a prompt. Controls: random directions, random
+latents of the same density, and contrast among random directions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -27,7 +29,7 @@ from saebench.steering.baselines import (
     random_latents,
     unit_of,
 )
-from saebench.steering.choosing import by_contrast, by_output
+from saebench.steering.choosing import by_contrast, by_output, weighted
 from saebench.steering.chosen import Chosen
 from saebench.steering.edits import add
 from saebench.steering.effect import Effects, dose_response
@@ -55,7 +57,7 @@ def compare(
     **options: Any,
 ) -> Effects:
     """Steer towards the positives by every method, and measure (`effect.dose_response`, whose options it takes). The target is by default
-    the likeness to the positives; every selection has `count` latents; `chosen` are selections made elsewhere.
+    the likeness to the positives; selections without weights have `count` latents; `chosen` are selections made elsewhere.
 
     Raises UserError for fewer than two texts on a side (four without a target), for prompts or contexts that do not fit, and where no
     method finds a feature. A single method that finds none is left out, with a line that says so.
@@ -89,21 +91,22 @@ def methods_for(
     sites = dictionary.config.writes
     unit = unit_of(lm, sites, [*positives, *negatives])
 
-    def of(found: Chosen) -> Method:
-        some = found.best(count)
-        return Method(found.method, "features", (add(dictionary, some.latents, unit=unit, weights=some.weights),))
-
-    selections = list(chosen)
+    with_it, without = (activity(lm, dictionary, texts) for texts in (positives, negatives))
+    selections = [found.best(count) for found in chosen]
     candidates = _tried(lambda: by_contrast(lm, dictionary, positives, negatives, count=CANDIDATES))
     if candidates is not None:
-        selections.append(candidates)
-        selections += _kept(
-            _tried(lambda: by_output(lm, dictionary, candidates, positives=positives[:8], negatives=negatives[:8], count=count))
+        raising = _tried(
+            lambda: by_output(lm, dictionary, candidates, positives=positives[:8], negatives=negatives[:8], count=CANDIDATES)
         )
+        for found in (candidates, *_kept(raising)):
+            selections += [found.best(count), *_kept(_tried(partial(weighted, found, with_it, without)))]
     selections += _kept(_tried(lambda: langfir(lm, dictionary, positives, seed=seed)))
     if not selections:
         raise UserError("no method found a feature that fires more in the positives: give more text, or another dictionary")
-    methods = [of(selection) for selection in selections]
+    methods = [
+        Method(found.method, "features", (add(dictionary, found.latents, unit=unit, weights=found.weights),))
+        for found in selections
+    ]
 
     (site,) = sites if len(sites) == 1 else (sites[-1],)
     width = lm.width(site)
@@ -117,9 +120,8 @@ def methods_for(
     for number, row_D in enumerate(random_directions(width, controls, seed)):
         edits = (add(row_D, site=site, unit=unit),)
         methods.append(Method(f"random direction {number + 1}", "control", edits, group="random direction"))
-    fired = activity(lm, dictionary, [*positives, *negatives])
-    like = selections[-1 if candidates is None else selections.index(candidates)].latents[:count]
-    for number, latents in enumerate(_tried(lambda: random_latents(fired, like, controls, seed)) or []):
+    like = (candidates or selections[0]).latents[:count]
+    for number, latents in enumerate(_tried(lambda: random_latents(without, like, controls, seed)) or []):
         edits = (add(dictionary, latents, unit=unit),)
         methods.append(Method(f"random latents {number + 1}", "control", edits, group="random latents"))
     methods += _untrained(lm, dictionary, site, positives, negatives, count, unit, seed)

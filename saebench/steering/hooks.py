@@ -44,12 +44,12 @@ def steer(lm: LanguageModel, edits: Edit | Sequence[Edit]) -> Iterator[None]:
         yield
         return
     running = Pass(lm, wanted)
-    before = lm.hf.base_model.register_forward_pre_hook(running.begin, with_kwargs=True)
-    try:
-        with lm.edit(running.functions()):
+    with lm.edit(running.functions()):  # first, so that no other thread's pass runs with the hook
+        before = lm.hf.base_model.register_forward_pre_hook(running.begin, with_kwargs=True)
+        try:
             yield
-    finally:
-        before.remove()
+        finally:
+            before.remove()
 
 
 def check_edit(lm: LanguageModel, edit: Edit) -> None:

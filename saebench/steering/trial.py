@@ -31,6 +31,7 @@ from saebench.steering.baselines import Method, random_directions, unit_of_ids
 from saebench.steering.edits import Edit, add
 from saebench.steering.effect import STRENGTHS, Dose, Effects, dose_response
 from saebench.steering.hooks import steer
+from saebench.steering.measures import spread
 from saebench.steering.positions import SKIP, Positions
 from saebench.steering.presets import Setting
 from saebench.steering.targets import Likeness, Pattern, Target
@@ -49,7 +50,7 @@ ARRAYS = ("target_PR", "nll_PR", "repetition_PR", "kl_C", "size_C")
 
 def neutral(store: FeatureStore, count: int = CONTEXTS, size: int = TOKENS) -> Tensor:
     """Contexts spread over a store, the first tokens of each: [C, S]."""
-    return store.contexts.ids_NS[_spread(store, count), :size].long()
+    return spread(store.contexts.ids_NS, count)[:, :size].long()
 
 
 def prompts(store: FeatureStore, count: int = PROMPTS, size: int = PROMPT_TOKENS) -> list[str]:
@@ -69,7 +70,9 @@ def _spread(store: FeatureStore, count: int) -> list[int]:
 
 
 def _text(store: FeatureStore, context: int, size: int) -> str:
-    return "".join(store.token_strings[i] for i in store.contexts.ids_NS[context, 1 : 1 + size].tolist())
+    """The beginning of a context, without what was put between documents."""
+    ids, positions = (column[context, 1 : 1 + size].tolist() for column in (store.contexts.ids_NS, store.contexts.positions_NS))
+    return "".join(store.token_strings[i] for i, position in zip(ids, positions, strict=True) if position >= 0)
 
 
 # --- what is measured ---
@@ -155,8 +158,8 @@ def measure(lm: LanguageModel, dictionary: Dictionary, store: FeatureStore, tria
     methods = [Method(NAME, "features", tuple(edits))]
     for number, random in enumerate(_random(dictionary, change(lm, edits, ids_CS), edits[0].positions)):
         methods.append(Method(f"random direction {number + 1}", "control", tuple(random), group="random direction"))
-    options = {"strengths": trial.strengths, "seeds": SEEDS, "max_new_tokens": WRITTEN} | options
-    return dose_response(lm, methods, prompts(store), target, neutral=ids_CS, **options)
+    chosen: dict[str, Any] = {"strengths": trial.strengths, "seeds": SEEDS, "max_new_tokens": WRITTEN} | options
+    return dose_response(lm, methods, prompts(store), target, neutral=ids_CS, **chosen)
 
 
 def change(lm: LanguageModel, edits: Sequence[Edit], ids_CS: Tensor) -> float:
