@@ -10,8 +10,12 @@
 Names are imported when first used, so that `import saebench` itself is quick.
 """
 
+import os
 from importlib import import_module
 from typing import Any
+
+# Threads that spin while they wait starve each other where cores are shared (10 x measured). Read when torch is first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

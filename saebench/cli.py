@@ -44,9 +44,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # spinning threads starve each other where cores are shared (10 x measured)
     args = build_parser().parse_args(argv)
     command = import_module(f"saebench.commands.{args.command}")
     try:
