@@ -23,6 +23,7 @@ COMMANDS = {
     "browse": "look at the features of runs in a browser on this machine",
     "label": "say in words where latents fire, with a score on text that the words were not made from",
     "steer": "turn features up or down: the text beside untouched text, with what it costs",
+    "trace": "a prompt's graph of features, with scores and what interventions say of its edges",
     "plan": "memory and time of a recipe, before running it",
     "doctor": "device, versions, kernels in use, and what is missing",
 }

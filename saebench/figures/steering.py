@@ -24,7 +24,7 @@ CONTROL, DASHES = "#8a8a8a", ("solid", "dash", "dot", "dashdot")
 
 def dose_figure(effects: Effects, height: int = 620) -> go.Figure:
     """Four panels over the strength: the target, perplexity, KL and repetition, each with 95 % intervals; the untouched model as a dotted
-    line, a prompt as a level line of its own, controls in grey. Where the perplexity is over twice that of untouched text, the symbol
+    line, a prompt as a level line of its own, controls in grey. Where the perplexity is over three times that of untouched text, the symbol
     is open."""
     titles = [name.format(target=html.escape(effects.target)) for name in PANELS.values()]
     figure = make_subplots(rows=2, cols=2, subplot_titles=titles, horizontal_spacing=0.1, vertical_spacing=0.15)

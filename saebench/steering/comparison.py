@@ -37,7 +37,7 @@ from saebench.steering.langfir import langfir
 from saebench.steering.targets import Likeness, Target
 
 Found = TypeVar("Found")
-CANDIDATES = 50  # by contrast, that the output score chooses among
+CANDIDATES = 150  # by contrast, that the output score chooses among
 PREFIX_TOKENS = 96
 
 

@@ -31,7 +31,7 @@ from saebench.steering.targets import Target
 
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 BATCH = 64  # texts written at once
-BREAKS = 2.0  # times the perplexity of untouched text, from which on fluency counts as broken
+BREAKS = 3.0  # times the perplexity of untouched text, from which on fluency counts as broken: docs/decisions.md
 UNTOUCHED = "untouched"
 
 
@@ -103,9 +103,9 @@ class Effects:
     def methods(self) -> list[str]:
         return list(dict.fromkeys(dose.method for dose in self.doses))
 
-    def fluent(self, dose: Dose, prompts: slice = slice(None)) -> bool:
-        """Whether the perplexity of what is written is below twice that of untouched text."""
-        return bool(dose.nll_PR[prompts].mean() <= self.untouched.nll_PR[prompts].mean() + math.log(BREAKS))
+    def fluent(self, dose: Dose) -> bool:
+        """Whether the perplexity of what is written is at most three times that of untouched text."""
+        return bool(dose.nll_PR.mean() <= self.untouched.nll_PR.mean() + math.log(BREAKS))
 
     def breaks_at(self, method: str) -> float | None:
         """The smallest strength from which on fluency is broken; None where it never is."""
@@ -119,7 +119,7 @@ class Effects:
     def best(self, method: str) -> Dose | None:
         """The strength with the highest target among the fluent ones, judged by every other prompt; None where none is fluent. Report
         its figures on the others: `dose.estimate(figure, REPORTED)`."""
-        fluent = [dose for dose in self.of(method) if self.fluent(dose, CHOOSING)]
+        fluent = [dose for dose in self.of(method) if self.fluent(dose)]
         return max(fluent, key=lambda dose: dose.target_PR[CHOOSING].mean(), default=None)
 
     def rows(self) -> list[dict[str, Any]]:

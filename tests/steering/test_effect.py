@@ -111,7 +111,7 @@ def test_the_best_strength_is_chosen_on_one_half_and_told_on_the_other():
     doses = [
         dose("a", 1.0, [0.1, 0.9, 0.1, 0.9], 1.0),
         dose("a", 2.0, [0.5, 0.2, 0.5, 0.2], 1.5),
-        dose("a", 4.0, 1.0, 1.0 + math.log(2) + 0.01),
+        dose("a", 4.0, 1.0, 1.0 + math.log(3) + 0.01),
         dose("a", 8.0, 1.0, 5.0),
         dose("b", 1.0, 1.0, 9.0),
     ]

@@ -1,0 +1,115 @@
+"""The linear pieces that a model is made of around one prompt: norms whose scales are held, attention whose patterns are held.
+
+Each piece goes forwards, with its biases or without, and backwards: `pull` takes what a number depends on behind the piece to what it
+depends on before it. Backwards there are two forms: all positions [T, S, D], or one position for each target [T, D], which is where
+most targets begin.
+Shape suffixes: `T` targets, `S` positions, `D` width of the stream, `H` heads, `E` width of a head, `G` patterns, `N` latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saebench.errors import UserError
+from saebench.lm.attention import AttentionWeights
+
+TOLERANCE = 1e-3  # of frozen pieces against the model's own, relative
+
+
+@dataclass(frozen=True)
+class FrozenNorm:
+    """A norm with its scale at every position a constant: n = (r, centred or not) * gain + bias."""
+
+    gain_SD: Tensor
+    bias_D: Tensor
+    centred: bool
+
+    @classmethod
+    def of(cls, norm: Any, r_SD: Tensor, n_SD: Tensor, where: str) -> FrozenNorm:
+        """From the module, what it read and what it made of it. Raises UserError where it is no layer norm or RMS norm."""
+        weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+        weight_D = torch.ones_like(r_SD[0]) if weight is None else weight.detach().float()
+        bias_D = torch.zeros_like(r_SD[0]) if bias is None else bias.detach().float()
+        fits = []
+        for centred in (True, False):
+            for gain_D in (weight_D, 1 + weight_D):  # some models keep the gain as 1 + weight
+                form_SD = (_centred(r_SD) if centred else r_SD).double() * gain_D
+                scale_S = ((n_SD - bias_D) * form_SD).sum(1) / form_SD.square().sum(1).clamp_min(1e-300)
+                missed = (form_SD * scale_S[:, None] + bias_D - n_SD).norm() / n_SD.norm().clamp_min(1e-30)
+                fits.append((float(missed), (scale_S[:, None] * gain_D).float(), centred))
+        missed, gain_SD, centred = min(fits, key=lambda fit: fit[0])
+        if not missed < TOLERANCE:
+            raise UserError(
+                f"{where} is not a norm of the residual stream that scales and shifts (off by {missed:.0%}): graphs are for models whose "
+                "attention and MLP follow each other, each behind a layer norm or RMS norm, such as GPT-2 and Llama"
+            )
+        return cls(gain_SD, bias_D, centred)
+
+    def linear(self, r_SD: Tensor) -> Tensor:
+        """Without the bias."""
+        return (_centred(r_SD) if self.centred else r_SD) * self.gain_SD
+
+    def __call__(self, r_SD: Tensor) -> Tensor:
+        return self.linear(r_SD) + self.bias_D
+
+    def pull(self, g: Tensor, positions_T: Tensor | None = None) -> Tensor:
+        """[T, S, D], or [T, D] at one position each."""
+        g = g * (self.gain_SD[: g.shape[1]] if positions_T is None else self.gain_SD[positions_T])
+        return _centred(g) if self.centred else g
+
+
+def _centred(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class FrozenAttention:
+    """Attention with its patterns held: linear in what it reads, by the way of the values."""
+
+    weights: AttentionWeights
+    pattern_HSS: Tensor
+
+    def heads(self, n_SD: Tensor, *, biases: bool) -> Tensor:
+        """What the heads gather, side by side: [S, H * E]."""
+        v_HSE = n_SD @ self.weights.W_V_HDE
+        if biases:
+            v_HSE = v_HSE + self.weights.b_V_HE[:, None]
+        return (self.pattern_HSS @ v_HSE).transpose(0, 1).flatten(1)
+
+    def mixed(self, z: Tensor) -> Tensor:
+        """From the heads' space to the stream, without the bias: [..., H * E] to [..., D]."""
+        return z @ self.weights.W_O_HED.flatten(0, 1)
+
+    def linear(self, n_SD: Tensor) -> Tensor:
+        return self.mixed(self.heads(n_SD, biases=False))
+
+    def __call__(self, n_SD: Tensor) -> Tensor:
+        return self.mixed(self.heads(n_SD, biases=True)) + self.weights.b_O_D
+
+    def unmixed(self, g: Tensor) -> Tensor:
+        """`mixed` backwards: [..., D] to [..., H * E]."""
+        return g @ self.weights.W_O_HED.flatten(0, 1).T
+
+    def pull(self, g_TSD: Tensor) -> Tensor:
+        """All positions at once."""
+        count, size = g_TSD.shape[:2]
+        heads, d_head = self.weights.num_heads, self.weights.d_head
+        g_HSX = self.unmixed(g_TSD).view(count, size, heads, d_head).permute(2, 1, 0, 3).reshape(heads, size, -1)
+        g_HSX = self.pattern_HSS[:, :size, :size].mT @ g_HSX
+        g_TSX = g_HSX.view(heads, size, count, d_head).permute(2, 1, 0, 3).reshape(count, size, -1)
+        return g_TSX @ self.weights.W_V_HDE.transpose(1, 2).reshape(heads * d_head, -1)
+
+    def pull_heads_at(self, g_TX: Tensor, positions_T: Tensor) -> Tensor:
+        """From the heads' space at one position each [T, H * E] to all positions that it looks at, up to the last of them: [T, S, D]."""
+        u_THD = self.values_back(g_TX)
+        looks_THS = self.pattern_HSS[:, positions_T, : int(positions_T.max()) + 1].transpose(0, 1)
+        return looks_THS.mT @ u_THD
+
+    def values_back(self, g_TX: Tensor) -> Tensor:
+        """What each head's values depend on: [T, H, D]."""
+        g_HTE = g_TX.view(len(g_TX), self.weights.num_heads, -1).transpose(0, 1)
+        return (g_HTE @ self.weights.W_V_HDE.mT).transpose(0, 1)

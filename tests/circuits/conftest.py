@@ -1,0 +1,45 @@
+"""Small models of two kinds, and dictionaries for them."""
+
+import pytest
+import torch
+from mixes import make, mixes, prepared
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from saebench.lm import LanguageModel, load_lm
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_lm) -> LanguageModel:
+    """A Llama with random weights, 3 layers, 4 heads on 2 key heads, and the tiny model's tokens."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tiny_lm.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    hf = LlamaForCausalLM(config).eval().requires_grad_(False)
+    for name, weight in hf.named_parameters():
+        if "norm" in name:
+            weight.data += 0.3 * torch.randn(weight.shape)
+    return LanguageModel("tiny-llama", hf, tiny_lm.tokenizer, "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def bumpy_lm(tiny_lm_directory) -> LanguageModel:
+    """The tiny GPT-2 with gains and biases that are not 1 and 0."""
+    lm = load_lm(tiny_lm_directory)
+    torch.manual_seed(2)
+    for weight in lm.hf.parameters():
+        if weight.ndim == 1:
+            weight.data += 0.3 * torch.randn(weight.shape)
+    return lm
+
+
+@pytest.fixture(scope="session")
+def models(bumpy_lm, tiny_llama):
+    return {"gpt2": bumpy_lm, "llama": tiny_llama}
+
+
+@pytest.fixture(scope="session")
+def mixed(models):
+    """By model and name of the mix: dictionaries."""
+    return {(name, key): make(lm, prepared(specs)) for name, lm in models.items() for key, specs in mixes(3).items()}

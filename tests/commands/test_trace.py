@@ -1,0 +1,106 @@
+"""`saebench trace`: the graph, its scores and its check, as the library makes them; wrong input in one line."""
+
+import json
+import re
+
+import pytest
+from helpers import SENTENCE
+
+from saebench.circuits.graph_file import load_graph
+from saebench.circuits.tracing import trace
+from saebench.cli import main
+from saebench.commands.trace import chosen
+from saebench.runs import Run
+
+PROMPT = "def value_3(x):"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_lm_directory):
+    """A transcoder for each of the three MLPs, one Lorsa, and an SAE, trained by the command."""
+    folder = tmp_path_factory.mktemp("trace")
+    (folder / "text.txt").write_text("".join(SENTENCE.format(i, i * i % 17) for i in range(120)))
+    mlp = [(f"blocks.{n}.mlp.hook_in", f"blocks.{n}.hook_mlp_out") for n in range(3)]
+    attention = ("blocks.1.attn.hook_in", "blocks.1.hook_attn_out")
+    sites = [*(site for pair in [*mlp, attention] for site in pair), "blocks.1.hook_resid_post"]
+    transcoders = "".join(
+        f'[[dictionaries]]\nid = "mlp-{n}"\narchitecture = "transcoder"\nsite = "{a}"\ntarget = "{b}"\nd_sae = 48\nk = 4\n'
+        for n, (a, b) in enumerate(mlp)
+    )
+    (folder / "recipe.toml").write_text(f"""
+name = "tiny"
+model = {{ name = "{tiny_lm_directory}" }}
+text = {{ source = "{folder / "text.txt"}" }}
+activations = {{ sites = {json.dumps(sites)}, context_size = 16, mode = "stream" }}
+training = {{ num_tokens = 1600, batch_size = 64, lr = 0.01 }}
+evaluation = {{ num_tokens = 256 }}
+{transcoders}
+[[dictionaries]]
+id = "attention-1"
+architecture = "lorsa"
+site = "{attention[0]}"
+target = "{attention[1]}"
+d_sae = 32
+k = 4
+[[dictionaries]]
+id = "stream"
+architecture = "topk"
+site = "blocks.1.hook_resid_post"
+d_sae = 48
+k = 4
+""")
+    assert main(["train", str(folder / "recipe.toml"), "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def call(capsys, *arguments, code=0):
+    capsys.readouterr()
+    assert main(["trace", *map(str, arguments), "--json"]) == code, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    return json.loads(out.splitlines()[-1]), err
+
+
+def test_graph_scores_and_check(run, tiny_lm, capsys):
+    result, err = call(capsys, run, "--prompt", PROMPT, "--verify", 10)
+    assert result["graph"] == str(run / "graphs" / "def-value-3-x.json")
+    graph = load_graph(result["graph"])
+    again = trace(tiny_lm, chosen(Run.open(run), None), PROMPT, max_features=2048)
+    assert (len(graph), graph.num_edges) == (len(again), again.num_edges) == (result["nodes"], result["edges"])
+    assert {each["name"] for each in graph.dictionaries} == {
+        "mlp-0",
+        "mlp-1",
+        "mlp-2",
+        "attention-1",
+    }  # the SAE writes what it reads
+    assert result["replacement_score"] == pytest.approx(again.scores().replacement)
+    assert result["completeness_score"] == pytest.approx(again.scores().completeness)
+    assert -1 <= result["spearman"] <= 1 and 0 < result["nodes_pruned"] <= result["nodes"]
+    assert sum(result["targets"].values()) <= 1 and "Spearman" in err and "replacement" in err
+
+
+def test_what_is_explained(run, tiny_lm, capsys):
+    a, b = tiny_lm.token_strings[60], tiny_lm.token_strings[70]
+    result, _ = call(capsys, run, "--prompt", PROMPT, "--token", a, "--against", b, "--verify", 0, "--name", "two")
+    assert result["spearman"] is None and len(result["targets"]) == 1
+    assert result["graph"].endswith("graphs/two.json")
+    one, _ = call(capsys, run, "--prompt", PROMPT, "--token", a, "--verify", 0, "--dictionary", "mlp-1")
+    assert len(load_graph(one["graph"]).dictionaries) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "x" * 500], "positions|tokens"),
+        (["--prompt", "x", "--token", "no such token"], "token"),
+        (["--prompt", "x", "--against", "y"], "--against compares with --token"),
+        (["--prompt", "x", "--dictionary", "other"], "no dictionary 'other': it has attention-1, mlp-0"),
+        (["--prompt", "x", "--dictionary", "stream"], "has no transcoder, cross-layer transcoder or Lorsa"),
+        (["--prompt", "x", "--features", 0], "max_features=0"),
+        (["--prompt", "x", "--keep", 0], "keep=0"),
+        (["--prompt", "x", "--name", "../up"], "graph name '../up'"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments, said, run, capsys):
+    result, err = call(capsys, run, *arguments, code=2)
+    assert re.search(said, result["error"]) and "\n" not in result["error"] and "Traceback" not in err
