@@ -20,6 +20,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).resolve().parent
 KERNEL = "saebench-run"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 TIMEOUT = 1800  # seconds for a cell
 
 
@@ -56,6 +57,8 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                output.get("data", {}).pop(WIDGET, None)  # a widget has no model until its cell is run; its table stands beside it
             cell.metadata.pop("execution", None)
     notebook.metadata = nbformat.from_dict(
         {
