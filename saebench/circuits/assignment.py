@@ -8,8 +8,8 @@ from either side, among which the best assignment is found exactly. Prices p of 
 and the right side is computed over all pairs, block by block. Pairs that push it above what was reached become candidates, and the
 assignment is made anew, until nothing is left to gain or the rounds are used up; the difference that remains is the `gap`. So memory grows
 with rows times candidates, and a result without a gap is the exact one.
-Shape suffixes: `M` rows of the smaller set, `N` of the larger, `D` width, `E` candidate pairs, `b` rows of a block, `K` candidates of
-a row.
+Shape suffixes: `M` rows of the smaller set, `N` of the larger, `D` width, `E` candidate pairs, `b` rows of a block, `u` those of
+them that would rather have another, `K` candidates of a row.
 """
 
 from __future__ import annotations
@@ -119,12 +119,14 @@ def _sparse(a_MD: Tensor, b_ND: Tensor, count: int) -> tuple[np.ndarray, float, 
         price, worth_M = torch.from_numpy(price_N), torch.from_numpy(reached_M - price_N[columns_M])
         gap = 0.0  # as no row would rather have another candidate, only what it would rather have of the others is in the bound
         for rows, score_bN in _blocks(a_MD, b_ND):
-            found_bK = (score_bN - price.float()).topk(min(NEW, len(b_ND)), dim=1).indices
-            score_bK = score_bN.gather(1, found_bK)
-            gain_b = (score_bK.double() - price[found_bK]).amax(1) - worth_M[rows]
-            gap += float(gain_b.clamp_min(0).sum())
-            better_b = gain_b > tolerance
-            pairs.add(rows[better_b], score_bK[better_b], found_bK[better_b])
+            net_bN = score_bN - price.float()
+            unhappy = (net_bN.amax(1) > (worth_M[rows] + tolerance / 2).float()).nonzero()[:, 0]
+            found_uK = net_bN[unhappy].topk(min(NEW, len(b_ND)), dim=1).indices
+            score_uK = score_bN[unhappy].gather(1, found_uK)
+            gain_u = (score_uK.double() - price[found_uK]).amax(1) - worth_M[rows[unhappy]]
+            gap += float(gain_u.clamp_min(0).sum())
+            better = gain_u > tolerance
+            pairs.add(rows[unhappy[better]], score_uK[better], found_uK[better])
         if gap <= tolerance * len(a_MD):
             gap = 0.0
             break

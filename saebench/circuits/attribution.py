@@ -105,7 +105,8 @@ class Rows:
             return self._back(point, Gradient(norm.pull(v_MD, positions_M), positions_M), b_M + v_MD @ norm.bias_D, before)
         attention = self.model.attention[point // 2]
         if place.kind == "written":
-            b_M, v_MD = b_M + v_MD @ attention.weights.b_O_D, attention.unmixed(v_MD)
+            b_M = b_M + (v_MD * attention.bias_SD[positions_M]).sum(1)
+            v_MD = attention.unmixed(v_MD, positions_M)
         b_M = b_M + v_MD @ attention.weights.b_V_HE.flatten() + attention.values_back(v_MD).sum(1) @ norm.bias_D
         return self._back(point, Gradient(norm.pull(attention.pull_heads_at(v_MD, positions_M))), b_M, before)
 
@@ -136,7 +137,7 @@ class Rows:
             attention = model.attention[step // 2]
             if g.positions_T is None:
                 return g.plus(Gradient(norm.pull(attention.pull(g.value))))
-            return g.plus(Gradient(norm.pull(attention.pull_heads_at(attention.unmixed(g.value), g.positions_T))))
+            return g.plus(Gradient(norm.pull(attention.pull_heads_at(attention.unmixed(g.value, g.positions_T), g.positions_T))))
         for part, _ in written.writers:
             if part.W_skip_DD is not None:
                 value = g.value @ part.W_skip_DD.T
@@ -150,7 +151,7 @@ class Rows:
     def _take(self, written: Written, g: Gradient, out_TN: Tensor) -> None:
         """The edges from what is written at one place."""
         if written.place.kind == "heads":
-            g = replace(g, value=self.model.attention[written.place.point // 2].unmixed(g.value))
+            g = replace(g, value=self.model.attention[written.place.point // 2].unmixed(g.value, g.positions_T))
         for part, write in written.writers:
             if len(part):
                 start = self.sources.of_parts[self._numbers[id(part)]]

@@ -122,8 +122,8 @@ def match_layers(
     exact_up_to: int = EXACT_UP_TO,
     seed: int = 0,
 ) -> Step:
-    """Match the latents of two layers, by what they write, or with `encoder` by that, what they read and their bias together. Raises
-    UserError for dictionaries of different widths, and where `encoder` is asked of one without."""
+    """Match the living latents of two layers, by what they write, or with `encoder` by that, what they read and their bias together.
+    Raises UserError for dictionaries of different widths or without living latents, and where `encoder` is asked of one without."""
     rows_a, rows_b = _rows(a, encoder), _rows(b, encoder)
     if rows_a.shape[1] != rows_b.shape[1]:
         raise UserError(

@@ -27,7 +27,7 @@ from saebench.lm import LanguageModel
 from saebench.steering.positions import SKIP
 
 STEPS = 300
-BATCH = 2048
+BATCH = 1024
 LEARNING_RATE = 3e-3
 
 
@@ -77,9 +77,9 @@ def discrete_circuit(
     if d_sae < 2 or seeds < 1:
         raise UserError(f"d_sae={d_sae} and seeds={seeds} make no dictionary: use at least 2 latents and 1 seed")
     outputs = [head_outputs(lm, *_rows(lm, texts, name)) for name, texts in (("positives", positives), ("negatives", negatives))]
-    if aligned and len({len_ for out in outputs for len_ in (out[0].shape[1], *(out[1] + 1).tolist())}) > 1:
+    if aligned and len(torch.cat([ends_B for _, ends_B in outputs]).unique()) > 1:
         raise UserError("aligned examples must all have the same number of tokens: make them so, or leave aligned out")
-    both = [_places(*out, aligned) for out in outputs]
+    both = [_places(outputs_BSGD, ends_B, aligned) for outputs_BSGD, ends_B in outputs]
     counts = [len(part) for part in both]
     together_BSGD = torch.cat(both)
     flat_NGD = together_BSGD.flatten(0, 1)
@@ -137,7 +137,7 @@ def _places(outputs_BSGD: Tensor, ends_B: Tensor, aligned: bool) -> Tensor:
 
 
 def train_codes(vectors_ND: Tensor, d_sae: int, seed: int) -> DiscreteDictionary:
-    """The small autoencoder of some vectors: full batches of them up to 2,048, for 300 steps."""
+    """The small autoencoder of some vectors: full batches of them up to 1,024, for 300 steps."""
     from saebench.activations import TensorSource
     from saebench.trainer import TrainConfig, train
 

@@ -57,6 +57,16 @@ class Examples:
         return torch.arange(skip, self.ids_BS.shape[1], device=self.ids_BS.device) <= self.ends_B[:, None]
 
 
+def on_model(lm: LanguageModel, examples: Examples) -> Examples:
+    """The same where the model is. Raises UserError for none, and for prompts longer than the model's positions."""
+    if not len(examples):
+        raise UserError("there are no examples: give at least one prompt with its answer")
+    lm.check_context(examples.ids_BS.shape[1])
+    place = lambda t: None if t is None else t.to(lm.device)  # noqa: E731
+    others_B, patch_BS = place(examples.others_B), place(examples.patch_BS)
+    return Examples(place(examples.ids_BS), place(examples.ends_B), place(examples.answers_B), others_B, patch_BS)
+
+
 def examples_of(
     lm: LanguageModel,
     prompts: Sequence[str],

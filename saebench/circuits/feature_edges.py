@@ -1,7 +1,8 @@
 """Edges of a feature circuit: what one node does to the metric through another, and through no third (Marks et al. 2024; methods.md A2).
 
 The edge from u to d is (u_patch - u) * dd/du * dm/dd. The gradient dd/du passes the model, and stops at every submodule between the two;
-dm/dd is the whole gradient. So in first order the edges out of a node, to all nodes behind it and to the metric directly, add up to its effect.
+dm/dd is the whole gradient. So in first order the edges out of a node, to all nodes behind it and to the metric directly, add up to its
+effect.
 Shape suffixes: `B` examples, `R` rows (examples times positions), `D` width, `F` d_sae, `M` nodes of the circuit, `n` entries of these,
 `P` places.
 """

@@ -72,6 +72,8 @@ class FrozenAttention:
 
     weights: AttentionWeights
     pattern_HSS: Tensor
+    post: FrozenNorm | None = None
+    """Between its output and the stream, where a model has one there."""
 
     def heads(self, n_SD: Tensor, *, biases: bool) -> Tensor:
         """What the heads gather, side by side: [S, H * E]."""
@@ -80,18 +82,27 @@ class FrozenAttention:
             v_HSE = v_HSE + self.weights.b_V_HE[:, None]
         return (self.pattern_HSS @ v_HSE).transpose(0, 1).flatten(1)
 
-    def mixed(self, z: Tensor) -> Tensor:
-        """From the heads' space to the stream, without the bias: [..., H * E] to [..., D]."""
-        return z @ self.weights.W_O_HED.flatten(0, 1)
+    def mixed(self, z_SX: Tensor) -> Tensor:
+        """From the heads' space to the stream, without the bias: [S, H * E] to [S, D]."""
+        out_SD = z_SX @ self.weights.W_O_HED.flatten(0, 1)
+        return out_SD if self.post is None else self.post.linear(out_SD)
+
+    @property
+    def bias_SD(self) -> Tensor:
+        """What it writes when the heads gather nothing."""
+        bias_SD = self.weights.b_O_D.expand(self.pattern_HSS.shape[1], -1)
+        return bias_SD if self.post is None else self.post(bias_SD)
 
     def linear(self, n_SD: Tensor) -> Tensor:
         return self.mixed(self.heads(n_SD, biases=False))
 
     def __call__(self, n_SD: Tensor) -> Tensor:
-        return self.mixed(self.heads(n_SD, biases=True)) + self.weights.b_O_D
+        return self.mixed(self.heads(n_SD, biases=True)) + self.bias_SD
 
-    def unmixed(self, g: Tensor) -> Tensor:
-        """`mixed` backwards: [..., D] to [..., H * E]."""
+    def unmixed(self, g: Tensor, positions_T: Tensor | None = None) -> Tensor:
+        """`mixed` backwards: [T, S, D], or [T, D] at one position each, to [..., H * E]."""
+        if self.post is not None:
+            g = self.post.pull(g, positions_T)
         return g @ self.weights.W_O_HED.flatten(0, 1).T
 
     def pull(self, g_TSD: Tensor) -> Tensor:

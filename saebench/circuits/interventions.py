@@ -72,7 +72,7 @@ def intervene(
     model: LocalModel | None = None,
 ) -> Intervention:
     """Multiply a feature, error or token by a factor, 0 to take it out. Raises UserError for a target, for what the graph lacks, for a node
-    at BOS, and for model or dictionaries that are not the graph's."""
+    at position 0, and for model or dictionaries that are not the graph's."""
     runs = Interventions(at_hand(lm, dictionaries, graph, model), graph)
     return runs.of(graph.find(node) if isinstance(node, str) else node, factor)
 
@@ -106,13 +106,13 @@ class Interventions:
         described = self.graph.node(node)
         if described.kind not in ("feature", "error", "token"):
             raise UserError(f"{described.id} is a target, which nothing depends on: choose a feature, an error or a token")
-        if described.position < self.model.first:
-            raise UserError(f"{described.id} is at BOS, which is left as it is: choose a node at a later position")
+        if described.position < 1:
+            raise UserError(f"{described.id} is at position 0, which is left as it is: choose a node at a later position")
 
     def can(self, node: int) -> bool:
-        return KINDS[self.graph.nodes.kind_N[node]] in ("feature", "error", "token") and bool(
-            self.graph.nodes.position_N[node] >= max(1, self.model.first)
-        )
+        """Whether it can be changed."""
+        kind = KINDS[self.graph.nodes.kind_N[node]]
+        return kind in ("feature", "error", "token") and bool(self.graph.nodes.position_N[node] >= 1)
 
     # --- changes ---
 

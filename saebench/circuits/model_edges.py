@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from saebench.circuits.examples import Examples, Metric, default_metric, measure
+from saebench.circuits.examples import Examples, Metric, default_metric, measure, on_model
 from saebench.circuits.ranking import Curve, faithfulness_curve
 from saebench.circuits.split_model import EMBEDDING, Change, Key, SplitModel
 from saebench.circuits.submodules import Patch
@@ -83,7 +83,7 @@ class Components:
     ):
         """Defaults are those of `patching.Patching`. Raises UserError for a patch that the examples do not allow, and for a model whose
         heads cannot be told apart."""
-        self.lm, self.examples, self.batch_size = lm, examples, batch_size
+        self.lm, self.examples, self.batch_size = lm, on_model(lm, examples), batch_size
         self.metric = metric or default_metric(examples)
         self.patch = patch or ("zero" if examples.patch_BS is None else "resample")
         if self.patch not in get_args(Patch):

@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from saebench.circuits.examples import Examples, Metric, default_metric, measure
+from saebench.circuits.examples import Examples, Metric, default_metric, measure, on_model
 from saebench.circuits.ranking import Curve, faithfulness_curve
 from saebench.circuits.submodules import Changes, Delta, Live, Patch, State, Submodule, delta, means, states, submodules
 from saebench.codes import SparseCodes
@@ -90,7 +90,7 @@ class Patching:
         Raises UserError for dictionaries that do not fit, a patch that the examples do not allow, and positions kept of prompts of
         different length.
         """
-        self.lm, self.examples = lm, examples
+        self.lm, self.examples = lm, on_model(lm, examples)
         self.subs = submodules(lm, dictionaries, skip)
         self.metric = metric or default_metric(examples)
         self.patch = patch or ("zero" if examples.patch_BS is None else "resample")
@@ -106,7 +106,7 @@ class Patching:
         if int(examples.ends_B.min()) < skip:
             raise UserError(f"a prompt ends within the first {skip} positions, which have no nodes: lengthen it or lower skip")
         self.means = (
-            means(lm, self.subs, examples, by_position=keep_positions, batch_size=batch_size) if self.patch == "mean" else {}
+            means(lm, self.subs, self.examples, by_position=keep_positions, batch_size=batch_size) if self.patch == "mean" else {}
         )
 
     # --- effects of nodes ---

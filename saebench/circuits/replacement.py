@@ -13,6 +13,7 @@ Shape suffixes: `T` targets, `S` positions, `D` width, `N` active latents of a p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,6 +77,7 @@ class LocalModel:
         """The first position at which latents are active and errors are errors."""
         for dictionary in listed:
             check_model(dictionary, lm)
+            _check_before_norms(dictionary, lm)
         self.layers = lm.site_table.num_layers
         self.parts = [part for i, d in enumerate(listed) for part in parts_of(d.to(lm.device), i, self.layers)]
         self.parts.sort(key=lambda part: (part.place.point, part.place.kind not in ("stream", "input"), part.number))
@@ -112,8 +114,18 @@ class LocalModel:
                 self._norm(f"blocks.{n}.{end}")
                 self.stream.append(self.stream[-1] + seen[f"blocks.{n}.{out}"])
             weights = attention_weights(lm, n)
-            self.attention.append(FrozenAttention(weights, weights.pattern(seen[f"blocks.{n}.ln1.hook_out"][None])[0]))
+            pattern_HSS = weights.pattern(seen[f"blocks.{n}.ln1.hook_out"][None])[0]
+            self.attention.append(FrozenAttention(weights, pattern_HSS, self._post(n)))
         self._norm("ln_final.hook_out")
+
+    def _post(self, layer: int) -> FrozenNorm | None:
+        """The norm between a layer's attention and the stream, where there is one."""
+        site, before = f"blocks.{layer}.ln1_post.hook_out", f"blocks.{layer}.attn.hook_out"
+        if site not in self.lm.site_table.sites:
+            return None
+        read = self.lm.read(torch.tensor([self.ids]), [before])[before][0].float()
+        module = self.lm.site(site).module(self.lm.hf)
+        return FrozenNorm.of(module, read, self.seen[f"blocks.{layer}.hook_attn_out"], f"{site} of model {self.lm.name!r}")
 
     def _norm(self, site: str) -> None:
         where = f"{site} of model {self.lm.name!r}"
@@ -217,7 +229,7 @@ class LocalModel:
         if written is None:
             return self.attention[step // 2](self.norms[step](torch.zeros_like(self.stream[0])))
         added_SD = self.to_stream(written.place, written.constant_SD)
-        return added_SD + self.attention[step // 2].weights.b_O_D if written.place.kind == "heads" else added_SD
+        return added_SD + self.attention[step // 2].bias_SD if written.place.kind == "heads" else added_SD
 
     def to_stream(self, place: Place, written: Tensor) -> Tensor:
         """What is written at a place as what is added to the stream: for the heads, mixed."""
@@ -271,9 +283,13 @@ class LocalModel:
         return W_VD, W_VD.new_zeros(len(W_VD)) if bias is None else bias.detach().float()
 
     def logits(self, streams: Streams) -> Tensor:
-        """Of all positions: [S, V]."""
+        """Of all positions: [S, V]. Some models squash them by a tanh at the very end; targets are logits before that."""
         W_VD, b_V = self.unembedding()
-        return self.norms[-1](streams.after[-1]) @ W_VD.T + b_V
+        return self.squashed(self.norms[-1](streams.after[-1]) @ W_VD.T + b_V)
+
+    def squashed(self, logits: Tensor) -> Tensor:
+        bound = getattr(self.lm.hf.config, "final_logit_softcapping", None)
+        return logits if bound is None else bound * (logits / bound).tanh()
 
     def _check(self) -> None:
         """Raises UserError where the linear model does not give the model's own logits."""
@@ -282,7 +298,7 @@ class LocalModel:
         if not missed < TOLERANCE:
             raise UserError(
                 f"the linear model of {self.lm.name!r} gives other logits (off by {missed:.0%}): something between the residual stream and "
-                "the logits, such as a bound on them, is not linear, and graphs need that it is"
+                "the logits is not linear, and graphs need that it is"
             )
 
 
@@ -303,6 +319,17 @@ def prompt_ids(lm: LanguageModel, prompt: str | Sequence[int]) -> tuple[list[int
     if lm.max_context is not None and len(ids) > lm.max_context:
         raise UserError(f"the prompt of {len(ids):,} tokens exceeds the model's {lm.max_context:,} positions: shorten it")
     return ids, text
+
+
+def _check_before_norms(dictionary: Dictionary, lm: LanguageModel) -> None:
+    """Raises UserError for a dictionary of a layer's output that passes a norm before it is added to the stream."""
+    for site in dictionary.config.sites:
+        found = re.fullmatch(r"blocks\.(\d+)\.(attn|mlp)\.hook_out", site)
+        if found and f"blocks.{found[1]}.{'ln1' if found[2] == 'attn' else 'ln2'}_post.hook_out" in lm.site_table.sites:
+            raise UserError(
+                f"{site} is not what this model adds to the stream, a norm comes between: graphs need dictionaries of "
+                f"blocks.{found[1]}.hook_{found[2]}_out"
+            )
 
 
 def _names(dictionaries: Sequence[Dictionary]) -> list[str]:

@@ -1,10 +1,10 @@
 """A model whose residual stream is taken apart: what each component reads can be changed without changing what the others read.
 
 The stream is the sum of what its sources wrote: the embedding, every attention head, every MLP, and constants. Each target (a head's
-queries, keys or values, an MLP, the logits) reads the sum through its layer norm; here every target has an input of its own, to which something
-may be added. That is what edges between components are measured by. Norms, MLPs and the unembedding are the model's own modules; attention
-is that of `lm/attention.py`. Both forms of a block are known, attention and MLP one after the other or side by side; a model that is
-built otherwise is refused, because what comes out is compared with its own logits.
+queries, keys or values, an MLP, the logits) reads the sum through its layer norm; here every target has an input of its own, to which
+something may be added. That is what edges between components are measured by. Norms, MLPs and the unembedding are the model's own
+modules; attention is that of `lm/attention.py`. Both forms of a block are known, attention and MLP one after the other or side by
+side; a model that is built otherwise is refused, because what comes out is compared with its own logits.
 Shape suffixes: `C` contexts, `S` positions, `D` width, `H` heads, `h` some heads, `E` width of a head, `V` vocabulary.
 """
 

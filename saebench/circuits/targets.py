@@ -134,7 +134,7 @@ def _row(model: LocalModel, target: Target) -> Row:
     if isinstance(target, Logit):
         vector_D, bias = W_VD[token] - W_VD.mean(0), float(b_V[token] - b_V.mean())
         n_D = model.stands_at(place, model.stream)[position]
-        probability = float((W_VD @ n_D + b_V).softmax(0)[token])
+        probability = float(model.squashed(W_VD @ n_D + b_V).softmax(0)[token])
         return Row("logit", _text(text, token), position, 1.0, probability, token, place, vector_D, bias)
     other = token_id(model, target.other)
     label = f"{_text(text, token)} - {_text(text, other)}"

@@ -107,8 +107,10 @@ class Correlated:
 
 
 def correlate(same: SameTokens, floor: float = FLOOR) -> Correlated:
-    """Correlations of all latents of A with all of B, of which those above `floor` are kept. Latents that never fire have none. Memory is
-    F_A * 1024 numbers beside a chunk of codes."""
+    """Correlations of all latents of A with all of B, of which those above `floor` are kept; pairs that never fire together have none.
+    Memory is a chunk of codes and, at most, F_A * 1024 products. Raises UserError for a negative floor."""
+    if floor < 0:
+        raise UserError(f"floor={floor:g} is below 0: latents that never fire together would be pairs")
     sums, squares = [[np.zeros(size) for size in same.sizes] for _ in range(2)]
     for pair in same.chunks():
         for side, part in enumerate(pair):
@@ -122,12 +124,14 @@ def correlate(same: SameTokens, floor: float = FLOOR) -> Correlated:
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, same.sizes[1], LATENTS):
         part = slice(start, min(start + LATENTS, same.sizes[1]))
-        products = np.zeros((same.sizes[0], part.stop - part.start))
+        products = sp.csr_array((same.sizes[0], part.stop - part.start))
         for a, b in same.chunks():
-            products += (a.T.astype(np.float64) @ b.tocsc()[:, part].tocsr()).toarray()
-        r = (products / n - np.outer(means[0], means[1][part])) * inverse[0][:, None] * inverse[1][part]
-        rows, columns = np.nonzero(r > floor)
-        found.append((rows, columns + start, r[rows, columns]))
+            products = products + a.T.astype(np.float64).tocsr() @ b.tocsc()[:, part].tocsr()
+        both = products.tocoo()
+        rows, columns = both.row.astype(np.int64), both.col.astype(np.int64) + start
+        r = (both.data / n - means[0][rows] * means[1][columns]) * inverse[0][rows] * inverse[1][columns]
+        kept = r > floor
+        found.append((rows[kept], columns[kept], r[kept]))
     a_N, b_N, r_N = (np.concatenate(parts) for parts in zip(*found, strict=True))
     order = np.lexsort((a_N, b_N, -r_N))
     return Correlated(a_N[order], b_N[order], r_N[order], int(varies[0].sum()), int(varies[1].sum()))

@@ -7,6 +7,7 @@ Shape suffixes: `H` heads, `S` source positions, `D` width of what is read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,11 +57,18 @@ def example_sources(
     """Take the firing in focus apart by source position; None for a dictionary that does not read along a context, and for an example
     that is not from the store. Raises UserError for an unknown latent."""
     store.check_latent(latent)
-    reads = store.config["sites"]
     if example.token < 0:
         return None
     first = example.context * store.context_size
-    ids = store.ids_T[first : example.token + 1].tolist()
+    return sources_at(lm, dictionary, store.config["sites"], store.ids_T[first : example.token + 1].tolist(), latent, first)
+
+
+@torch.inference_mode()
+def sources_at(
+    lm: LanguageModel, dictionary: Dictionary, reads: Sequence[str], ids: list[int], latent: int, first: int = 0
+) -> Sources | None:
+    """Take a latent's value on the last of some tokens apart, of which the first has number `first`; None for a dictionary that does not
+    read along a context. `reads` are the sites that it reads."""
     ids_CS = torch.tensor([ids])
     with lm.edit({}):  # the model's other view has hooks of its own, which are not for two threads at once either
         if isinstance(dictionary, LorsaDictionary):

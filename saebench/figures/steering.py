@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from saebench.figures.plots import PALETTE, styled
 from saebench.files import replacing
-from saebench.steering.effect import BREAKS, REPORTED, Dose, Effects
+from saebench.steering.effect import BREAKS, REPORTED, UNTOUCHED, Dose, Effects
 
 PANELS = {
     "target": "{target}",
@@ -161,23 +162,39 @@ pre b { color: #7a7a7a; font-weight: normal; }
 
 
 def reading(effects: Effects) -> str:
-    """In a sentence or two: which selections of features go beyond every control, and which reach DiffMean."""
-    best = {method: effects.best(method) for method in effects.methods}
-    told = {method: dose.estimate("target", REPORTED) for method, dose in best.items() if dose is not None}
-    kinds = {dose.method: dose.kind for dose in effects.doses}
-    controls = [told[method].high for method in told if kinds[method] == "control"] + [
-        effects.untouched.estimate("target", REPORTED).high
-    ]
-    beyond = [method for method in told if kinds[method] == "features" and told[method].low > max(controls)]
-    said = (
-        f"Beyond every control, intervals apart: {', '.join(beyond)}."
-        if beyond
-        else "No selection of features goes beyond every control with intervals apart."
-    )
-    if "DiffMean" in told:
-        level = [method for method in told if kinds[method] == "features" and told[method].mean >= told["DiffMean"].mean]
-        said += f" At or above DiffMean: {', '.join(level)}." if level else " No selection of features reaches DiffMean."
+    """In a few sentences: which selections of features go beyond every control, from which strength on, where fluency breaks, and which reach
+    DiffMean at their best fluent strength."""
+    breaks = {method: effects.breaks_at(method) for method in effects.methods}
+    said = beyond_controls(effects.rows(), breaks)
+    best = {method: dose for method in effects.methods if (dose := effects.best(method)) is not None}
+    if "DiffMean" in best:
+        told = {method: dose.estimate("target", REPORTED).mean for method, dose in best.items()}
+        level = [method for method, dose in best.items() if dose.kind == "features" and told[method] >= told["DiffMean"]]
+        said += f" At or above DiffMean, each at its best fluent strength: {'; '.join(level)}." if level else ""
+        said += "" if level else " No selection of features reaches DiffMean, each at its best fluent strength."
     return said
+
+
+def beyond_controls(rows: Sequence[Mapping[str, Any]], breaks: Mapping[str, float | None]) -> str:
+    """Which selections have a target whose interval is above that of every control at the same strength and of untouched text, from which
+    strength on, and where their fluency breaks; from the rows of `Effects`."""
+    strengths = sorted({row["strength"] for row in rows if row["kind"] == "features"})
+    untouched = next(row for row in rows if row["method"] == UNTOUCHED)
+    bars = {
+        strength: max(
+            row["target_high"] for row in [untouched, *rows] if row["kind"] == "control" and row["strength"] in (strength, 0.0)
+        )
+        for strength in strengths
+    }
+    found = []
+    for method in dict.fromkeys(row["method"] for row in rows if row["kind"] == "features"):
+        beyond = [row["strength"] for row in rows if row["method"] == method and row["target_low"] > bars[row["strength"]]]
+        if beyond:
+            broken = breaks.get(method)
+            found.append(f"{method} from {min(beyond):g} (fluency {f'breaks at {broken:g}' if broken else 'never breaks here'})")
+    if not found:
+        return "No selection of features goes beyond every control of the same strength with intervals apart."
+    return f"Beyond every control of the same strength, intervals apart: {'; '.join(found)}."
 
 
 def _texts(effects: Effects, method: str, count: int = 3) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mixes import make, mixes, prepared
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from saebench.lm import LanguageModel, load_lm
 
@@ -24,6 +24,22 @@ def tiny_llama(tiny_lm) -> LanguageModel:
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma(tiny_lm) -> LanguageModel:
+    """A Gemma 2 with random weights: norms behind attention and MLPs too, bounds on attention scores and logits."""
+    torch.manual_seed(4)
+    config = Gemma2Config(
+        vocab_size=len(tiny_lm.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        final_logit_softcapping=5.0,
+    )  # fmt: skip
+    hf = Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    for name, weight in hf.named_parameters():
+        if "norm" in name:
+            weight.data += 0.3 * torch.randn(weight.shape)
+    return LanguageModel("tiny-gemma", hf, tiny_lm.tokenizer, "tiny-gemma")
+
+
+@pytest.fixture(scope="session")
 def bumpy_lm(tiny_lm_directory) -> LanguageModel:
     """The tiny GPT-2 with gains and biases that are not 1 and 0."""
     lm = load_lm(tiny_lm_directory)
@@ -35,8 +51,8 @@ def bumpy_lm(tiny_lm_directory) -> LanguageModel:
 
 
 @pytest.fixture(scope="session")
-def models(bumpy_lm, tiny_llama):
-    return {"gpt2": bumpy_lm, "llama": tiny_llama}
+def models(bumpy_lm, tiny_llama, tiny_gemma):
+    return {"gpt2": bumpy_lm, "llama": tiny_llama, "gemma": tiny_gemma}
 
 
 @pytest.fixture(scope="session")

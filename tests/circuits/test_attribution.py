@@ -155,7 +155,7 @@ def test_edges_are_the_gradients_of_the_model_itself(models, mixed, name, mix, m
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma"])
 def test_edges_and_constant_add_up_to_the_value(models, mixed, name, mix):
     """Constants, beside, are what is left when nothing writes: found by a pass forwards."""
     model = LocalModel(models[name], mixed[name, mix], TEXT)

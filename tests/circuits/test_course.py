@@ -165,6 +165,10 @@ def test_dead_latents_have_no_course():
     means[0][3] = means[1][int(orders[0][4])] = 0
     found = course(layers[:2], means)
     assert found.of(0, 3) == {} and found.of(0, 4) == {found.names[0]: 4} and len(found.of(0, 5)) == 2
+    (step,) = found.steps
+    assert step.partner_F[3] == NONE and int(orders[0][4]) not in step.partner_F and np.isnan(step.cost_F[3])
+    with pytest.raises(UserError, match="no latent of one of the layers is alive"):
+        course(layers[:2], [means[0], torch.zeros(80)])
 
 
 def test_layers_that_do_not_fit_are_refused():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tasks import induction_task
+from tasks import induction_task, sorting_task
 from torch.nn.functional import layer_norm
 
 from saebench.circuits.examples import Examples, examples_of, logit_difference
@@ -227,17 +227,32 @@ def test_bad_input_is_one_line(tiny_lm):
         assert "\n" not in str(caught.value)
 
 
-# --- the bundled model ---
+# --- trained models ---
+
+
+def heads_of_circuit(components, exact, share):
+    """Heads whose removal costs at least a share of all that heads and MLPs do for the metric, and this total."""
+    everything = torch.ones(len(exact.effect_N), dtype=torch.bool)
+    done = components.metric_of(everything) - components.metric_of(~everything)
+    return exact.heads_LH.abs() > share * abs(done), done
+
+
+def test_on_the_model_that_sorts_first_order_ranks_the_heads_as_exhaustive_ablation_does(shared_data):
+    lm = load_lm(shared_data / "gpt-nano-sort", device="cpu")
+    examples = sorting_task(32)
+    assert (lm.logits(examples.ids_BS)[:, -1].argmax(-1) == examples.answers_B).all()
+    components = Components(lm, examples)
+    truth, done = heads_of_circuit(components, components.effects("exact"), 0.05)
+    assert done > 20 and truth.sum() == 5
+    assert roc_auc(components.effects("eap").heads_LH.abs(), truth) == 1.0
+    assert roc_auc(components.effects("eap_ig").heads_LH.abs(), truth) >= 0.9
 
 
 @pytest.mark.slow
 def test_on_the_bundled_model_first_order_ranks_the_heads_of_induction_as_exhaustive_ablation_does(builtin_lm):
     examples = induction_task(builtin_lm)
     components = Components(builtin_lm, examples)
-    exact = components.effects("exact")
-    everything = torch.ones(len(exact.effect_N), dtype=torch.bool)
-    done = components.metric_of(everything) - components.metric_of(~everything)
-    truth = exact.heads_LH.abs() > 0.05 * abs(done)
+    truth, done = heads_of_circuit(components, components.effects("exact"), 0.05)
     assert 5 <= truth.sum() <= 16 and done > 3
     for method in ("eap", "eap_ig"):
         assert roc_auc(components.effects(method).heads_LH.abs(), truth) > 0.95

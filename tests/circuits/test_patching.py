@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tasks import induction_task, sorting_task
 
 import saebench as sb
 from saebench.circuits.examples import Examples, answer_log_probability, examples_of, logit_difference
@@ -289,6 +290,34 @@ def test_on_the_planted_transformer_the_nodes_of_the_circuit_rank_first(planted)
             )
 
 
+def test_a_model_without_bos_has_nodes_at_its_first_token_where_none_is_skipped(shared_data):
+    lm = load_lm(shared_data / "gpt-nano-sort", device="cpu")
+    saes = [identity_at(lm, f"blocks.{layer}.attn.hook_z") for layer in (0, 2)]
+    patching = Patching(lm, saes, sorting_task(4), skip=0, batch_size=32)
+    exact, guess = patching.effects("exact"), patching.effects("integrated")
+    assert Patching(lm, saes, sorting_task(4), skip=0, keep_positions=True).effects("first_order").position_N.min() == 0
+    truth = exact.effect_N.abs() > exact.effect_N.abs().max() / 5
+    assert 3 <= truth.sum() <= len(truth) / 4
+    assert roc_auc(guess.effect_N.abs(), truth) > 0.9
+
+
+@pytest.mark.slow
+def test_on_the_bundled_model_integrated_gradients_rank_nodes_of_induction_as_ablating_each_does(builtin_lm):
+    from saebench.activations import ActivationStream
+
+    sites = [f"blocks.{layer}.attn.hook_z" for layer in (1, 3)]
+    contexts = sb.pack(sb.builtin_text(), builtin_lm.tokenizer, 128)[:300]
+    configs = [sb.TopK(d_sae=256, k=8, site=site) for site in sites]
+    training = sb.TrainConfig(num_tokens=30_000, batch_size=256)
+    saes = sb.train(configs, ActivationStream(builtin_lm, contexts, sites), training, lm=builtin_lm)
+    patching = Patching(builtin_lm, saes, induction_task(builtin_lm, 4))
+    exact, found = patching.effects("exact"), patching.effects("integrated")
+    curve = patching.curve(found, [0, len(found) // 2, len(found)])
+    truth = exact.effect_N.abs() > 0.02 * abs(curve.full - curve.none)
+    assert truth.sum() >= 5 and roc_auc(found.effect_N.abs(), truth) > 0.9
+    assert curve.faithfulness_K[1] > 0.8
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -302,6 +331,8 @@ def test_on_the_planted_transformer_the_nodes_of_the_circuit_rank_first(planted)
             "the metric gives",
         ),
         (lambda lm, e: examples_of(lm, [], []), "no prompt is given"),
+        (lambda lm, e: Patching(lm, [sae_at(lm, RESID[0])], e.take(slice(0, 0))), "there are no examples"),
+        (lambda lm, e: Patching(lm, [sae_at(lm, RESID[0])], random_examples(lm, length=80)), "context_size=81 exceeds"),
         (lambda lm, e: examples_of(lm, [""], ["x"]), "a prompt is empty"),
         (lambda lm, e: examples_of(lm, ["x"], ["never one token"]), "is not one token"),
         (lambda lm, e: examples_of(lm, ["x"], ["x", "y"]), "1 prompts have 2 answers"),

@@ -7,7 +7,7 @@ from saebench.errors import UserError
 from saebench.lm import load_lm
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama", "gemma"])
 def name(request):
     return request.param
 
@@ -114,6 +114,11 @@ def test_what_does_not_fit_is_refused_in_one_line(models, builtin_lm):
     )
     refused(builtin_lm, make(lm, [transcoder(0)]), "wrong model")
     refused(lm, make(builtin_lm, [transcoder(3)]), "model has layers 0 to 2|unknown site")
+
+
+def test_outputs_before_a_norm_are_refused(models):
+    for site in ("attn.hook_out", "mlp.hook_out"):
+        refused(models["gemma"], [transcoder(1, target=f"blocks.1.{site}")], "a norm comes between")
 
 
 def test_parallel_blocks_are_refused(tiny_lm):

@@ -13,7 +13,7 @@ from saebench.lm import LanguageModel
 
 
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma"])
 def test_the_linear_model_does_what_every_edge_says(models, mixed, name, mix):
     graph = trace(models[name], mixed[name, mix], TEXT, keep=1.0, max_features=60)
     found = graph.verify(top=10)
@@ -137,7 +137,7 @@ def test_a_graph_is_verified_with_its_own_model_and_dictionaries_alone(models, m
         verify(lm, dictionaries[::-1], again)
     with pytest.raises(UserError, match="is a target"):
         intervene(lm, dictionaries, again, int(again.targets[0]))
-    with pytest.raises(UserError, match="is at BOS"):
+    with pytest.raises(UserError, match="is at position 0"):
         intervene(lm, dictionaries, again, "token/0")
     with pytest.raises(UserError, match="no node"):
         intervene(lm, dictionaries, again, "token/99")

@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from saebench.errors import UserError
+from saebench.figures.steering import beyond_controls
 from saebench.steering import measures
 from saebench.steering.baselines import Method
 from saebench.steering.edits import add
@@ -149,3 +150,26 @@ def test_wrong_input_is_one_line(change, said, tiny_lm, kinds, neutral):
     both = [Method("m", "features", (add(kinds["topk"], 3),)), Method("m", "features", (add(kinds["topk"], 4),))]
     with pytest.raises(UserError, match="two methods are called 'm'"):
         dose_response(tiny_lm, both, PROMPTS, DIGITS, neutral=neutral)
+
+
+def row(method, kind, strength, low, high):
+    return {"method": method, "kind": kind, "strength": strength, "target_low": low, "target_high": high}
+
+
+def test_what_is_beyond_the_controls_is_told_by_strength():
+    """Controls count at the same strength alone, untouched text at every one."""
+    rows = [
+        row("untouched", "control", 0.0, 0.0, 0.3),
+        row("a", "features", 1.0, 0.2, 0.4),  # within untouched text
+        row("a", "features", 2.0, 0.5, 0.7),
+        row("b", "features", 2.0, 0.1, 0.9),
+        row("c", "features", 4.0, 0.8, 0.9),
+        row("random", "control", 1.0, 0.0, 0.1),
+        row("random", "control", 2.0, 0.2, 0.45),
+        row("random", "control", 4.0, 0.5, 0.85),
+    ]
+    assert (
+        beyond_controls(rows, {"a": 4.0})
+        == "Beyond every control of the same strength, intervals apart: a from 2 (fluency breaks at 4)."
+    )
+    assert beyond_controls([rows[0], rows[3], rows[6]], {}).startswith("No selection of features")
