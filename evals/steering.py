@@ -98,7 +98,7 @@ def dictionary(lm: sb.LanguageModel, text: Any, model: str) -> sb.Dictionary:
 def page(results: dict[str, Any]) -> str:
     parts = []
     for name, found in results.items():
-        rows = found["table"]
+        rows = best_controls(found["table"], found["target"])
         heads = list(rows[0])
         lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
         lines += ["| " + " | ".join(row[head] for head in heads) + " |" for row in rows]
@@ -107,6 +107,23 @@ def page(results: dict[str, Any]) -> str:
             + "\n".join(lines)
         )
     return "\n\n".join(parts)
+
+
+def best_controls(rows: list[dict[str, str]], target: str) -> list[dict[str, str]]:
+    """The rows of a table, of every kind of control only the one with the largest target."""
+    shown: dict[str, dict[str, str]] = {}
+    for row in rows:
+        kind, _, number = row["method"].rpartition(" ")
+        alike = kind if number.isdigit() else row["method"]
+        value = float((row.get(target) or "-inf").split(" ")[0])
+        if alike not in shown or value > float((shown[alike].get(target) or "-inf").split(" ")[0]):
+            shown[alike] = row
+    return [
+        row | {"method": f"{row['method'].rpartition(' ')[0]}, best of its kind"}
+        if name.startswith("random ") and name != row["method"]
+        else row
+        for name, row in shown.items()
+    ]
 
 
 def draw(effects: Effects, path: Path) -> None:
