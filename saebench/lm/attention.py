@@ -18,7 +18,7 @@ from saebench.errors import UserError
 from saebench.kernels.lorsa_attention import AttentionRule, attend, attention_pattern, rotate
 from saebench.lm.model import LanguageModel
 
-PROBE = (2, 12)
+PROBE = (2, 12)  # contexts and positions, fewer where the model has fewer
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the output's norm; less exact types get COARSE
 COARSE = 3e-2
 
@@ -144,7 +144,8 @@ def _rule(lm: LanguageModel, core: Any, layer: int, d_head: int) -> AttentionRul
 
 def _check(lm: LanguageModel, layer: int, weights: AttentionWeights, kind: str) -> None:
     """Raises UserError where the weights do not give what the module gives."""
-    ids_CS = torch.randint(0, lm.hf.config.vocab_size, PROBE, generator=torch.Generator().manual_seed(0))
+    size = min(PROBE[1], lm.max_context or PROBE[1])
+    ids_CS = torch.randint(0, lm.hf.config.vocab_size, (PROBE[0], size), generator=torch.Generator().manual_seed(0))
     read, wrote = attention_input(layer), f"blocks.{layer}.attn.hook_out"
     seen = lm.read(ids_CS, [read, wrote])
     expected = seen[wrote].float()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saebench.errors import UserError
-from saebench.lm import LanguageModel
+from saebench.lm import LanguageModel, load_lm
 from saebench.lm.attention import attention_input, attention_weights
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -76,3 +76,9 @@ def test_attention_of_another_kind_is_refused(builtin_lm):
         attention_weights(lm, 1)
     with pytest.raises(UserError, match="the model has layers 0 to 3"):
         attention_weights(builtin_lm, 4)
+
+
+def test_a_model_of_few_positions(shared_data):
+    lm = load_lm(shared_data / "gpt-nano-sort")
+    assert lm.max_context < 12
+    assert attention_weights(lm, 0).num_heads == lm.hf.config.n_head
