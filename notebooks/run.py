@@ -58,7 +58,9 @@ def tidy(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             for output in cell.outputs:
-                output.get("data", {}).pop(WIDGET, None)  # a widget has no model until its cell is run; its table stands beside it
+                output.get("data", {}).pop(
+                    WIDGET, None
+                )  # a widget has no model until its cell is run; its table stands beside it
             cell.metadata.pop("execution", None)
     notebook.metadata = nbformat.from_dict(
         {

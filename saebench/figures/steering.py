@@ -162,8 +162,8 @@ pre b { color: #7a7a7a; font-weight: normal; }
 
 
 def reading(effects: Effects) -> str:
-    """In a few sentences: which selections of features go beyond every control, from which strength on, where fluency breaks, and which reach
-    DiffMean at their best fluent strength."""
+    """In a few sentences: which selections of features go beyond every control, from which strength on, where fluency breaks, and which
+    reach DiffMean at their best fluent strength."""
     breaks = {method: effects.breaks_at(method) for method in effects.methods}
     said = beyond_controls(effects.rows(), breaks)
     best = {method: dose for method in effects.methods if (dose := effects.best(method)) is not None}
