@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ def _written(args: argparse.Namespace, lm: LanguageModel, edits: list[Edit], neu
 
 
 def _compare(args: argparse.Namespace, run: Run, pipeline: Pipeline, name: str) -> dict[str, Any]:
-    from saebench.errors import UserError
+    from saebench.errors import Interrupted, UserError
     from saebench.figures.steering import dose_table, write_page
     from saebench.progress import say
     from saebench.steering.comparison import compare
@@ -160,10 +161,15 @@ def _compare(args: argparse.Namespace, run: Run, pipeline: Pipeline, name: str) 
         raise UserError("--compare takes its prompts from the run's held-out text: leave --prompt out")
     neutral_CS = _neutral(pipeline, run, name)
     prompts = prompts_of(lm, neutral_CS)
-    effects = compare(
-        lm, _dictionaries(run)[name], positives, negatives, prompts, neutral=neutral_CS, count=args.count, seed=args.seed
-    )
-    write_page(effects, path, f"Steering towards {args.positives.stem}")
+    write = partial(write_page, path=path, title=f"Steering towards {args.positives.stem}")
+    try:
+        effects = compare(
+            lm, _dictionaries(run)[name], positives, negatives, prompts,
+            neutral=neutral_CS, count=args.count, seed=args.seed, on_dose=write,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = f"{path} holds what was measured until then" if path.exists() else "nothing was measured yet"
+        raise Interrupted(f"stopped; {kept}; the same command begins anew") from None
     for row in dose_table(effects):
         say("   ".join(f"{key} {value}" for key, value in row.items() if value))
     say(f"figure, table and texts: {path}")

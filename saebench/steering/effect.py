@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -150,11 +150,13 @@ def dose_response(
     seeds: int = 3,
     max_new_tokens: int = 32,
     temperature: float = 1.0,
+    on_dose: Callable[[Effects], None] | None = None,
 ) -> Effects:
     """Let the model write with every method at every strength, after every prompt and with every seed, and measure.
 
-    `neutral` are token contexts [C, S] that the side effect is measured on. A method that is a prompt is measured once, at strength 1.
-    Raises UserError for too few prompts, names that repeat, strengths that are no numbers above 0, and what does not fit the model.
+    `neutral` are token contexts [C, S] that the side effect is measured on. A method that is a prompt is measured once, at strength 1;
+    `on_dose` gets what is known after every dose. Raises UserError for too few prompts, names that repeat, strengths that are no numbers
+    above 0, and what does not fit the model.
     """
     _check(methods, prompts, strengths, seeds)
     for method in methods:
@@ -169,6 +171,8 @@ def dose_response(
         doses = []
         for method, strength in plan:
             doses.append(measure.dose(method, strength))
+            if on_dose is not None:
+                on_dose(Effects(target.name, list(prompts), untouched, list(doses)))
             report(1)
     return Effects(target.name, list(prompts), untouched, doses)
 

@@ -10,6 +10,7 @@ import saebench as sb
 from saebench.cli import main
 from saebench.runs import Run
 from saebench.steering.edits import add, clamp
+from saebench.steering.measures import side_effect
 from saebench.steering.samples import side_by_side
 
 SITE = "blocks.1.hook_resid_post"
@@ -109,6 +110,23 @@ def test_all_methods_are_compared(run, capsys):
     page = (run / "steering" / "positives.html").read_text()
     assert "DiffMean" in page and "Plotly" in page and str(run.parent) not in page
     assert "figure, table and texts" in err
+
+
+def test_a_stopped_comparison_keeps_what_was_measured(run, capsys, monkeypatch):
+    folder, path = run.parent, run / "steering" / "numbers of mine.html"
+    whole = side_effect
+    calls = []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr("saebench.steering.effect.side_effect", stopped)
+    texts = ["--positives", folder / "positives.txt", "--negatives", folder / "negatives.txt", "--count", 2]
+    result, _ = call(capsys, run, "--compare", *texts, "--save", "numbers of mine", code=130)
+    assert f"{path} holds what was measured until then" in result["error"] and "contrast" in path.read_text()
 
 
 @pytest.mark.parametrize(
