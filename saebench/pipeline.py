@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -203,15 +203,9 @@ class Pipeline:
     ) -> dict[str, FeatureStore]:
         """Build the feature stores of a run's dictionaries, or of those named, over up to so many tokens of the text they were trained on.
         Raises UserError for a name the run does not have."""
-        found = dict(parts(run.dictionaries()))
-        if unknown := [name for name in names or () if name not in found]:
-            raise UserError(f"{run.path} has no dictionary {unknown[0]!r}: it has {', '.join(found)}")
+        found = dictionaries(run, names)
         with timed(run, "index"):
-            return {
-                name: self._build_store(run, name, dictionary, tokens, overwrite)
-                for name, dictionary in found.items()
-                if not names or name in names
-            }
+            return {name: self._build_store(run, name, dictionary, tokens, overwrite) for name, dictionary in found.items()}
 
     def _feature_store(self, run: Run, name: str, dictionary: Dictionary, tokens: int) -> FeatureStore:
         """The feature store of a dictionary as it is, whatever its tokens; or a new one."""
@@ -244,6 +238,19 @@ def feature_stores(run: Run, names: Sequence[str] | None = None) -> dict[str, Fe
     if not found:
         raise UserError(f"{run.path} has no feature store yet: run `saebench index {run.path}`")
     return {name: FeatureStore(path) for name, path in found.items() if not names or name in names}
+
+
+def dictionaries(run: Run, names: Sequence[str] | None = None) -> dict[str, Dictionary]:
+    """The trained dictionaries of a run that are measured and shown, by name, or those named. Raises UserError for another name."""
+    found = dict(parts(run.dictionaries()))
+    check_named(run, found, names or ())
+    return {name: dictionary for name, dictionary in found.items() if not names or name in names}
+
+
+def check_named(run: Run, found: Mapping[str, Dictionary], names: Sequence[str]) -> None:
+    """Raises UserError for the first name that is not among the dictionaries found."""
+    if unknown := [name for name in names if name not in found]:
+        raise UserError(f"{run.path} has no dictionary {unknown[0]!r}: it has {', '.join(found)}")
 
 
 def parts(paths: dict[str, Path]) -> Iterator[tuple[str, Dictionary]]:

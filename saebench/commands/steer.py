@@ -58,21 +58,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from saebench.errors import UserError
-    from saebench.pipeline import Pipeline
+    from saebench.pipeline import Pipeline, dictionaries
     from saebench.recipes import Recipe
     from saebench.runs import Run
 
     run = Run.open(args.run)
-    dictionaries = _dictionaries(run)
+    found = dictionaries(run)
     pipeline = Pipeline(Recipe.parse(run.record["recipe"], str(args.run)))
     if args.compare:
-        return _compare(args, run, pipeline, _one(args, run, dictionaries))
+        name = _one(args, run, found)
+        return _compare(args, run, pipeline, name, found[name])
     if args.prompt is None or not args.prompt.strip():
         raise UserError("the prompt is empty: give --prompt some text to go on from")
     if args.preset is not None:
-        return _preset(args, run, pipeline, dictionaries)
-    name = _one(args, run, dictionaries)
-    return _by_features(args, run, pipeline, name, dictionaries[name])
+        return _preset(args, run, pipeline, found)
+    name = _one(args, run, found)
+    return _by_features(args, run, pipeline, name, found[name])
 
 
 # --- what is done ---
@@ -146,7 +147,7 @@ def _written(args: argparse.Namespace, lm: LanguageModel, edits: list[Edit], neu
     }
 
 
-def _compare(args: argparse.Namespace, run: Run, pipeline: Pipeline, name: str) -> dict[str, Any]:
+def _compare(args: argparse.Namespace, run: Run, pipeline: Pipeline, name: str, dictionary: Dictionary) -> dict[str, Any]:
     from saebench.errors import Interrupted, UserError
     from saebench.figures.steering import dose_table, write_page
     from saebench.progress import say
@@ -164,7 +165,7 @@ def _compare(args: argparse.Namespace, run: Run, pipeline: Pipeline, name: str) 
     write = partial(write_page, path=path, title=f"Steering towards {args.positives.stem}")
     try:
         effects = compare(
-            lm, _dictionaries(run)[name], positives, negatives, prompts,
+            lm, dictionary, positives, negatives, prompts,
             neutral=neutral_CS, count=args.count, seed=args.seed, on_dose=write,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -179,17 +180,11 @@ def _compare(args: argparse.Namespace, run: Run, pipeline: Pipeline, name: str) 
 # --- what it is done with ---
 
 
-def _dictionaries(run: Run) -> dict[str, Dictionary]:
-    from saebench.pipeline import parts
-
-    return dict(parts(run.dictionaries()))
-
-
 def _one(args: argparse.Namespace, run: Run, found: dict[str, Dictionary]) -> str:
     from saebench.errors import UserError
+    from saebench.pipeline import check_named
 
-    if args.dictionary is not None and args.dictionary not in found:
-        raise UserError(f"{run.path} has no dictionary {args.dictionary!r}: it has {', '.join(found)}")
+    check_named(run, found, () if args.dictionary is None else [args.dictionary])
     if args.dictionary is None and len(found) > 1:
         raise UserError(f"{run.path} has several dictionaries: name one of {', '.join(found)} by --dictionary")
     return args.dictionary or next(iter(found))

@@ -87,12 +87,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def chosen(run: Run, names: list[str] | None) -> dict[str, Dictionary]:
     """The dictionaries of a run that a graph is made of. Raises UserError for an unknown name, and where none is a transcoder or Lorsa."""
     from saebench.errors import UserError
-    from saebench.pipeline import parts
+    from saebench.pipeline import dictionaries
 
-    found = dict(parts(run.dictionaries()))
-    if unknown := [name for name in names or () if name not in found]:
-        raise UserError(f"{run.path} has no dictionary {unknown[0]!r}: it has {', '.join(found)}")
-    wanted = {name: dictionary for name, dictionary in found.items() if names is None or name in names}
+    wanted = dictionaries(run, names)
     if names is None and (writing := {name: d for name, d in wanted.items() if not d.config.rewrites}):
         wanted = writing
     if not any(not dictionary.config.rewrites for dictionary in wanted.values()):

@@ -47,8 +47,7 @@ def evaluate(
     with progress("evaluate", contexts.num_tokens, "tokens") as report:
         for start in range(0, len(contexts), batch_size):
             ids_CS = contexts.ids_NS[start : start + batch_size].long().to(lm.device)
-            seen: dict[str, Tensor] = {}
-            with lm.edit({site: _keeping(seen, site) for site in config.sites}):
+            with lm.watching(config.sites) as seen:
                 logits = {"clean": lm.logits(ids_CS)}
             x_CSD = torch.cat([seen[site].float() for site in config.reads], -1)
             codes, y_hat_BD = dictionary.reconstruct_contexts(x_CSD, SKIP)
@@ -113,13 +112,6 @@ def splice(dictionary: Dictionary, clean: Mapping[str, Tensor]) -> Edits:
         return edit
 
     return {site: edit_of(site) for site in config.sites}
-
-
-def _keeping(seen: dict[str, Tensor], site: str) -> Callable[[Tensor], None]:
-    def keep(value: Tensor) -> None:
-        seen[site] = value.clone()
-
-    return keep
 
 
 def _put(value_CSD: Tensor, new_BD: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Shape suffixes: `T` tokens, `C` contexts, `S` positions, `D` width of what is re
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -69,8 +68,7 @@ def read_spliced(lm: LanguageModel, dictionary: Dictionary, text: str, max_token
     config = dictionary.config
     prompt = Prompt.of(lm, text, max_tokens)
     ids_CS = torch.tensor([prompt.ids], device=lm.device)
-    seen: dict[str, Tensor] = {}  # in the order in which the model computes them, which splice() goes by
-    with lm.edit({site: _into(seen, site) for site in config.sites}):
+    with lm.watching(config.sites) as seen:  # in the order in which the model computes them, which splice() goes by
         loss_T = _losses(lm.logits(ids_CS), ids_CS)
     codes, y_hat_SD = dictionary.reconstruct_contexts(torch.cat([seen[site].float() for site in config.reads], -1), SKIP)
     with lm.edit(_edits(dictionary, seen, y_hat_SD)):
@@ -95,13 +93,6 @@ def _edits(dictionary: Dictionary, seen: dict[str, Tensor], y_hat_SD: Tensor) ->
 
 def _behind_first(part_SD: Tensor, value_CSD: Tensor) -> Tensor:
     return torch.cat([value_CSD[:, :SKIP], part_SD[None].to(value_CSD.dtype)], 1)
-
-
-def _into(seen: dict[str, Tensor], site: str) -> Callable[[Tensor], None]:
-    def keep(value: Tensor) -> None:
-        seen[site] = value.clone()
-
-    return keep
 
 
 def _losses(logits_CSV: Tensor, ids_CS: Tensor) -> np.ndarray:

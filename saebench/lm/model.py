@@ -185,6 +185,18 @@ class LanguageModel:
         with self._alone, hooked(self.hf, {self.site(name): function for name, function in functions.items()}):
             yield
 
+    @contextmanager
+    def watching(self, sites: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """What stands at some sites in the last forward pass of the block, behind the edits that are in place already: [B, S, D] each,
+        copied, in the order in which the model computes them. For passes that are wanted whole; `read` runs no further than it must."""
+        seen: dict[str, Tensor] = {}
+
+        def keeper(site: str) -> Callable[[Tensor], None]:
+            return lambda value: seen.update({site: value.clone()})
+
+        with self.edit({site: keeper(site) for site in sites}):
+            yield seen
+
     def generate(
         self,
         prompt: str,

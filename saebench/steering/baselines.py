@@ -6,7 +6,7 @@ Shape suffixes: `D` width of a site, `T` tokens, `F` d_sae, `N` directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -50,22 +50,22 @@ class Method:
 
 def unit_of(lm: LanguageModel, sites: Sequence[str], texts: Sequence[str]) -> float:
     """A tenth of the mean length of what stands at the sites side by side: the unit of strengths (methods.md I1)."""
-    total, count = 0.0, 0
-    for x_TD in _activations(lm, list(sites), texts):
-        total += float(x_TD.norm(dim=1).sum(dtype=torch.float64))
-        count += len(x_TD)
-    if not count:
-        raise UserError("the texts have no tokens: give texts of a few words at least")
-    return total / count / 10
+    return _tenth(_activations(lm, list(sites), texts))
 
 
 def unit_of_ids(lm: LanguageModel, sites: Sequence[str], ids_CS: Tensor) -> float:
     """The same over token contexts, all tokens but the first of each."""
+    return _tenth(_standing(lm, list(sites), some_CS) for some_CS in ids_CS.split(8))
+
+
+def _tenth(parts: Iterable[Tensor]) -> float:
+    """A tenth of the mean length of rows."""
     total, count = 0.0, 0
-    for some_CS in ids_CS.split(8):
-        read = lm.read(some_CS, list(sites))
-        x_TD = torch.cat([read[site][:, 1:].flatten(2).flatten(0, 1).float() for site in sites], -1)
-        total, count = total + float(x_TD.norm(dim=1).sum(dtype=torch.float64)), count + len(x_TD)
+    for x_TD in parts:
+        total += float(x_TD.norm(dim=1).sum(dtype=torch.float64))
+        count += len(x_TD)
+    if not count:
+        raise UserError("the texts have no tokens: give texts of a few words at least")
     return total / count / 10
 
 
@@ -132,5 +132,10 @@ def random_dictionary(lm: LanguageModel, site: str, texts: Sequence[str], d_sae:
 def _activations(lm: LanguageModel, sites: list[str], texts: Sequence[str]) -> Iterator[Tensor]:
     """What stands at some sites, side by side, on the tokens of texts but the first of each piece: [T, D] float32, on the CPU."""
     for _, ids_CS in batches(text_pieces(lm, texts, PIECE)):
-        read = lm.read(ids_CS, sites)
-        yield torch.cat([read[site][:, 1:].flatten(2).flatten(0, 1).float() for site in sites], -1).cpu()
+        yield _standing(lm, sites, ids_CS)
+
+
+def _standing(lm: LanguageModel, sites: list[str], ids_CS: Tensor) -> Tensor:
+    """The same on token contexts."""
+    read = lm.read(ids_CS, sites)
+    return torch.cat([read[site][:, 1:].flatten(2).flatten(0, 1).float() for site in sites], -1).cpu()

@@ -5,8 +5,7 @@ Shape suffixes: `B` texts, `S` positions, `C` contexts, `V` vocabulary, `R` text
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -42,18 +41,27 @@ def side_effect(lm: LanguageModel, edits: Sequence[Edit], neutral_CS: Tensor) ->
     All of a context is edited but BOS, wherever the edits are meant to act."""
     if not edits:
         return np.zeros(len(neutral_CS)), np.zeros(len(neutral_CS))
-    sites = list(dict.fromkeys(site for edit in edits for site in edit.sites))
-    everywhere = [replace(edit, positions=Positions()) for edit in edits]
+    sites = sites_of(edits)
     kls, sizes = [], []
     for ids_CS in neutral_CS.split(NEUTRAL_AT_ONCE):
-        with _reading(lm, sites) as clean:
+        with lm.watching(sites) as clean:
             before = lm.logits(ids_CS)[:, SKIP:].float().log_softmax(-1)
-        with steer(lm, everywhere), _reading(lm, sites) as steered:
+        with steer(lm, everywhere(edits)), lm.watching(sites) as steered:
             after = lm.logits(ids_CS)[:, SKIP:].float().log_softmax(-1)
         kls.append((before.exp() * (before - after)).sum(-1).double().mean(1).cpu())
         x, moved = (torch.cat([seen[site][:, SKIP:].flatten(2).float() for site in sites], -1) for seen in (clean, steered))
         sizes.append(((moved - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)).double().mean(1).cpu())
     return torch.cat(kls).numpy(), torch.cat(sizes).numpy()
+
+
+def sites_of(edits: Sequence[Edit]) -> list[str]:
+    """The sites that edits write, each once."""
+    return list(dict.fromkeys(site for edit in edits for site in edit.sites))
+
+
+def everywhere(edits: Sequence[Edit]) -> list[Edit]:
+    """The same edits at all positions but BOS."""
+    return [replace(edit, positions=Positions()) for edit in edits]
 
 
 def spread(ids_NS: Tensor, count: int) -> Tensor:
@@ -71,18 +79,3 @@ def prompts_of(lm: LanguageModel, ids_NS: Tensor, count: int = 24, size: int = 1
         for start in range(0, len(rows) - size, step)
     ]
     return [piece for piece in dict.fromkeys(pieces) if piece.strip()][:count]
-
-
-@contextmanager
-def _reading(lm: LanguageModel, sites: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What stands at some sites in the passes inside, behind whatever edits are in place already."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(site: str) -> Callable[[Tensor], None]:
-        def take(value: Tensor) -> None:
-            seen[site] = value.clone()
-
-        return take
-
-    with lm.edit({site: keep(site) for site in sites}):
-        yield seen

@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from saebench.errors import UserError
@@ -92,4 +91,4 @@ def after_token(ids_BS: Tensor, token: int, seen_B: Tensor | None) -> tuple[Tens
     behind_BS = count_BS - here_BS.long() > 0
     if seen_B is not None:
         behind_BS = behind_BS | seen_B[:, None]
-    return behind_BS, behind_BS[:, -1] | here_BS[:, -1] if ids_BS.shape[1] else torch.zeros_like(here_BS[:, 0])
+    return behind_BS, behind_BS[:, -1] | here_BS[:, -1]

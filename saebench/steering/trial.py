@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from saebench.steering.baselines import Method, random_directions, unit_of_ids
 from saebench.steering.edits import Edit, add
 from saebench.steering.effect import STRENGTHS, Dose, Effects, dose_response
 from saebench.steering.hooks import steer
-from saebench.steering.measures import spread
+from saebench.steering.measures import everywhere, sites_of, spread
 from saebench.steering.positions import SKIP, Positions
 from saebench.steering.presets import Setting
 from saebench.steering.targets import Likeness, Pattern, Target
@@ -65,8 +65,7 @@ def unit(lm: LanguageModel, dictionary: Dictionary, store: FeatureStore) -> floa
 
 
 def _spread(store: FeatureStore, count: int) -> list[int]:
-    count = min(count, store.num_contexts)
-    return [number * store.num_contexts // count for number in range(count)]
+    return spread(torch.arange(store.num_contexts), count).tolist()
 
 
 def _text(store: FeatureStore, context: int, size: int) -> str:
@@ -165,25 +164,16 @@ def measure(lm: LanguageModel, dictionary: Dictionary, store: FeatureStore, tria
 def change(lm: LanguageModel, edits: Sequence[Edit], ids_CS: Tensor) -> float:
     """The mean over tokens of ||x' - x||, all sites of the edits side by side, on contexts of which all but BOS is edited. Raises UserError
     where it is zero."""
-    everywhere = [replace(edit, positions=Positions()) for edit in edits]
-    sites = list(dict.fromkeys(site for edit in edits for site in edit.sites))
-    clean, moved = _standing(lm, [], sites, ids_CS), _standing(lm, everywhere, sites, ids_CS)
-    length = float((moved - clean)[:, SKIP:].norm(dim=-1).double().mean())
+    sites = sites_of(edits)
+    with lm.watching(sites) as clean:
+        lm.logits(ids_CS)
+    with steer(lm, everywhere(edits)), lm.watching(sites) as moved:
+        lm.logits(ids_CS)
+    x_CSD, moved_CSD = (torch.cat([seen[site].flatten(2).float() for site in sites], -1) for seen in (clean, moved))
+    length = float((moved_CSD - x_CSD)[:, SKIP:].norm(dim=-1).double().mean())
     if not length > 0:
         raise UserError("on neutral text these edits change nothing: choose features that fire there, or add or clamp these")
     return length
-
-
-def _standing(lm: LanguageModel, edits: Sequence[Edit], sites: Sequence[str], ids_CS: Tensor) -> Tensor:
-    """What stands at some sites behind edits: [C, S, D]."""
-    seen: dict[str, Tensor] = {}
-
-    def keeper(site: str) -> Callable[[Tensor], None]:
-        return lambda x_CSD: seen.update({site: x_CSD.flatten(2).float().clone()})
-
-    with steer(lm, edits), lm.edit({site: keeper(site) for site in sites}):
-        lm.logits(ids_CS)
-    return torch.cat([seen[site] for site in sites], -1)
 
 
 def _random(dictionary: Dictionary, length: float, positions: Positions) -> list[list[Edit]]:

@@ -8,6 +8,15 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from saebench.lm import LanguageModel, load_lm
 
 
+def bumpy(name, hf, tokenizer) -> LanguageModel:
+    """A model whose norms have gains that are not 1."""
+    hf.eval().requires_grad_(False)
+    for own, weight in hf.named_parameters():
+        if "norm" in own:
+            weight.data += 0.3 * torch.randn(weight.shape)
+    return LanguageModel(name, hf, tokenizer, name)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tiny_lm) -> LanguageModel:
     """A Llama with random weights, 3 layers, 4 heads on 2 key heads, and the tiny model's tokens."""
@@ -16,11 +25,7 @@ def tiny_llama(tiny_lm) -> LanguageModel:
         vocab_size=len(tiny_lm.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    hf = LlamaForCausalLM(config).eval().requires_grad_(False)
-    for name, weight in hf.named_parameters():
-        if "norm" in name:
-            weight.data += 0.3 * torch.randn(weight.shape)
-    return LanguageModel("tiny-llama", hf, tiny_lm.tokenizer, "tiny-llama")
+    return bumpy("tiny-llama", LlamaForCausalLM(config), tiny_lm.tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +37,7 @@ def tiny_gemma(tiny_lm) -> LanguageModel:
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         final_logit_softcapping=5.0,
     )  # fmt: skip
-    hf = Gemma2ForCausalLM(config).eval().requires_grad_(False)
-    for name, weight in hf.named_parameters():
-        if "norm" in name:
-            weight.data += 0.3 * torch.randn(weight.shape)
-    return LanguageModel("tiny-gemma", hf, tiny_lm.tokenizer, "tiny-gemma")
+    return bumpy("tiny-gemma", Gemma2ForCausalLM(config), tiny_lm.tokenizer)
 
 
 @pytest.fixture(scope="session")
