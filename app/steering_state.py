@@ -1,7 +1,8 @@
 """What is set on the Steering page, as data, in the query string, as a preset and as a command.
 
 `edits` is LATENTS_HOW_STRENGTH_VALUE for every row, the rows joined by `~`: `12_add_4~3.7_clamp_1_2.5`; what is missing has its default.
-`where` are positions in their form as text; `unit`, where it stands, is what a strength of 1 adds, as a preset brings it.
+`where` are positions in their form as text; `length`, where it stands, is what a strength of 1 adds, as a preset brings it (`unit` is
+the Corpus page's).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from saebench.steering.edits import NEED_VALUE, Edit, How
 from saebench.steering.positions import Positions
 from saebench.steering.presets import Preset, Setting, presets
 
-EDITS, WHERE, UNIT, OF = "edits", "where", "unit", "steered"
+EDITS, WHERE, UNIT, OF = "edits", "where", "length", "steered"
 STRENGTH, FACTOR = 4.0, 2.0
 MOST = 24  # rows
 ROW = re.compile(r"(\d{1,9}(?:\.\d{1,9})*)(?:_([a-z]+))?(?:_([^_]+))?(?:_([^_]+))?")
@@ -150,7 +151,7 @@ def read(entry: Entry, store: FeatureStore) -> tuple[State, list[str]]:
     unit = None
     if address.get(UNIT):
         try:
-            unit = _number(address.peek(UNIT), f"unit={address.peek(UNIT)}")
+            unit = _number(address.peek(UNIT), f"{UNIT}={address.peek(UNIT)}")
         except UserError as error:
             wrong.append(str(error))
     return State(entry.name, tuple(rows), where, unit), wrong

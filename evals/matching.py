@@ -24,9 +24,9 @@ import torch
 
 import saebench as sb
 from evals.shared import HERE, SEEDS, TOKENS, activations, held_out, lm, trained
-from saebench.circuits.carried import carried, fire_together
-from saebench.circuits.course import composition, course, mean_where_active
-from saebench.circuits.seeds import seed_stability
+from saebench.circuits.matching.carried import carried, fire_together
+from saebench.circuits.matching.course import composition, course, mean_where_active
+from saebench.circuits.matching.seeds import seed_stability
 from saebench.codes import SparseCodes
 from saebench.progress import say
 

@@ -1,13 +1,13 @@
 """Circuits: why the model wrote this token, as a graph of features of which every edge can be checked."""
 
-from saebench.circuits.graph import KINDS, Graph, Node, Nodes
-from saebench.circuits.graph_file import graph_path, load_graph, save_graph
-from saebench.circuits.influence import Scores, prune, scores
-from saebench.circuits.interventions import Intervention, intervene
-from saebench.circuits.replacement import LocalModel
-from saebench.circuits.targets import Difference, Direction, Feature, Logit
-from saebench.circuits.tracing import trace
-from saebench.circuits.verification import Agreement, EdgeCheck, NodeCheck, Verification, verify
+from saebench.circuits.graphs.graph import KINDS, Graph, Node, Nodes
+from saebench.circuits.graphs.graph_file import graph_path, load_graph, save_graph
+from saebench.circuits.graphs.influence import Scores, prune, scores
+from saebench.circuits.graphs.interventions import Intervention, intervene
+from saebench.circuits.graphs.replacement import LocalModel
+from saebench.circuits.graphs.targets import Difference, Direction, Feature, Logit
+from saebench.circuits.graphs.tracing import trace
+from saebench.circuits.graphs.verification import Agreement, EdgeCheck, NodeCheck, Verification, verify
 
 __all__ = [
     "trace",

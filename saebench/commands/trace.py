@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saebench.circuits.graph import Graph
-    from saebench.circuits.targets import Target
+    from saebench.circuits.graphs.graph import Graph
+    from saebench.circuits.graphs.targets import Target
     from saebench.dictionaries import Dictionary
     from saebench.runs import Run
 
@@ -40,8 +40,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from saebench.circuits.graph_file import graph_path
-    from saebench.circuits.tracing import trace
+    from saebench.circuits.graphs.graph_file import graph_path
+    from saebench.circuits.graphs.tracing import trace
     from saebench.errors import UserError
     from saebench.pipeline import Pipeline
     from saebench.progress import say
@@ -106,7 +106,7 @@ def slug(prompt: str) -> str:
 
 
 def _targets(args: argparse.Namespace) -> list[Target] | None:
-    from saebench.circuits.targets import Difference, Logit
+    from saebench.circuits.graphs.targets import Difference, Logit
 
     if args.token is None:
         return None

@@ -16,6 +16,7 @@ from saebench.dictionaries.lorsa import LorsaDictionary
 from saebench.errors import UserError
 from saebench.lm import LanguageModel
 from saebench.lm.attention import attention_input, attention_weights
+from saebench.lm.random_tokens import repeated_random
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,6 @@ class InductionScores:
     """Sum of |z| over the second copy where active, as a share of that of all heads."""
 
 
-def repeated_tokens(lm: LanguageModel, count: int = 8, length: int = 60, seed: int = 0) -> Tensor:
-    """BOS, then random tokens twice: [count, 1 + 2 * length]. Raises UserError where that is longer than the model's positions."""
-    lm.check_context(1 + 2 * length)
-    half = torch.randint(1, lm.hf.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
-    start = lm.tokenizer.bos_token_id
-    return torch.cat([torch.full((count, 1), 0 if start is None else start), half, half], 1)
-
-
 def _on_induction(pattern: Tensor, length: int) -> Tensor:
     """The entries of a [..., S, S] matrix from each token of the second copy to the token behind its first occurrence: [..., T]."""
     rows = torch.arange(length + 1, 2 * length + 1, device=pattern.device)
@@ -51,7 +44,7 @@ def _on_induction(pattern: Tensor, length: int) -> Tensor:
 def head_induction_scores(lm: LanguageModel, *, count: int = 8, length: int = 60, seed: int = 0) -> Tensor:
     """Mean attention of every head of the model to the place of induction: [L, H]. Raises UserError for unknown attention."""
     layers = lm.site_table.num_layers
-    seen = lm.read(repeated_tokens(lm, count, length, seed), [attention_input(layer) for layer in range(layers)])
+    seen = lm.read(repeated_random(lm, count, length, seed), [attention_input(layer) for layer in range(layers)])
     patterns = (attention_weights(lm, layer).pattern(seen[attention_input(layer)].float()) for layer in range(layers))
     return torch.stack([_on_induction(pattern_CHSS, length).mean((0, 2)) for pattern_CHSS in patterns])
 
@@ -64,7 +57,7 @@ def induction_scores(
     if not isinstance(lorsa, LorsaDictionary):
         raise UserError(f"induction is measured on attention: {lorsa.config.architecture!r} has none, use a lorsa dictionary")
     site, d_sae, size = lorsa.config.reads[0], lorsa.config.d_sae, lorsa.group_size
-    x_CSD = lm.read(repeated_tokens(lm, count, length, seed), [site])[site].float()
+    x_CSD = lm.read(repeated_random(lm, count, length, seed), [site])[site].float()
     z_CTF = lorsa.encode(x_CSD).to_dense().view(count, -1, d_sae)[:, length + 1 :].abs()
     v_CSF = x_CSD @ lorsa.W_V_FD.T + lorsa.b_V
     attention, shares = [], []

@@ -52,7 +52,7 @@ def test_from_a_feature_to_a_shared_link(visit, hostile_run):
     page.keyboard.press("Enter")
     settle(page)
     page.get_by_role("button", name="Save", exact=True).click()
-    page.wait_for_url(re.compile("unit="))
+    page.wait_for_url(re.compile("length="))
     settle(page)
     assert kept.exists()
     page.keyboard.press("Escape")

@@ -165,7 +165,7 @@ def test_the_feature_page_leads_here(opened):
         ({"edits": "5_swap"}, "swap exchanges two"),
         ({"edits": "5", "where": "nowhere"}, "positions 'nowhere' are unknown"),
         ({"edits": "5", "where": "9-4"}, "the span 9-4 holds no position"),
-        ({"edits": "5", "unit": "inf"}, "not finite"),
+        ({"edits": "5", "length": "inf"}, "not finite"),
         ({"edits": "~".join(["5"] * 30)}, "30 edits are too many"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_preset_is_kept_and_opened(opened, own_run):
         ((7,), "clamp", 1.0, 2.5),
     ]
     assert {edit.positions for edit in preset.edits} == {"2-6"} and preset.prompt == PROMPT
-    assert float(parameter(test, "unit")) == pytest.approx(preset.edits[0].unit)
+    assert float(parameter(test, "length")) == pytest.approx(preset.edits[0].unit)
     assert "--preset 'down with it'" in test.code[0].value
     press(test, "preset-save")
     assert "there is a preset 'down with it' already" in problems(test)[0]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from saebench.circuits.graph import KINDS, Graph, Nodes
+from saebench.circuits.graphs.graph import KINDS, Graph, Nodes
 
 
 def graph_of(kinds, edges, weights=None, dropped=None):

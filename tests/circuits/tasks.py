@@ -2,7 +2,7 @@
 
 import torch
 
-from saebench.circuits.examples import Examples
+from saebench.circuits.discovery.examples import Examples
 
 
 def induction_task(lm, count=16, length=16, first=5, seed=0):

@@ -6,8 +6,8 @@ import re
 import pytest
 from helpers import SENTENCE
 
-from saebench.circuits.graph_file import load_graph
-from saebench.circuits.tracing import trace
+from saebench.circuits.graphs.graph_file import load_graph
+from saebench.circuits.graphs.tracing import trace
 from saebench.cli import main
 from saebench.commands.trace import chosen
 from saebench.runs import Run

@@ -6,8 +6,9 @@ import torch
 import saebench as sb
 from saebench.dictionaries.lorsa import Lorsa
 from saebench.errors import UserError
-from saebench.evaluation.induction import head_induction_scores, induction_scores, repeated_tokens
+from saebench.evaluation.induction import head_induction_scores, induction_scores
 from saebench.lm.attention import attention_weights
+from saebench.lm.random_tokens import repeated_random
 
 READ, WRITE = "blocks.3.attn.hook_in", "blocks.3.hook_attn_out"
 
@@ -28,8 +29,10 @@ def test_heads_of_the_bundled_model(builtin_lm):
     scores_LH = head_induction_scores(builtin_lm)
     assert scores_LH.shape == (4, 8)
     assert divmod(int(scores_LH.argmax()), 8) == (3, 0)
-    assert float(scores_LH[3, 0]) == pytest.approx(0.771, abs=0.02)
-    ids = repeated_tokens(builtin_lm)
+    assert float(scores_LH[3, 0]) == pytest.approx(
+        0.771, abs=0.03
+    )  # the card: tokens of its first copy may repeat, ours are different
+    ids = repeated_random(builtin_lm)
     assert torch.equal(ids[:, 1:61], ids[:, 61:]) and (ids[:, 0] == builtin_lm.tokenizer.bos_token_id).all()
 
 
@@ -47,7 +50,7 @@ def test_a_dictionary_with_the_models_queries_and_keys_scores_as_the_model(built
 def test_the_share_is_that_of_the_z_pattern(builtin_lm):
     lorsa, length = host_lorsa(builtin_lm), 10
     scores = induction_scores(lorsa, builtin_lm, count=2, length=length, seed=3)
-    x_CSD = builtin_lm.read(repeated_tokens(builtin_lm, 2, length, 3), [READ])[READ]
+    x_CSD = builtin_lm.read(repeated_random(builtin_lm, 2, length, 3), [READ])[READ]
     for head in (5, 77):
         above = below = 0.0
         for x_SD in x_CSD:

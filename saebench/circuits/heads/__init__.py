@@ -1,0 +1,1 @@
+"""What attention heads do: roles, their features, retrieval; those of Lorsa too."""

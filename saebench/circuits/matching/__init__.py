@@ -1,0 +1,1 @@
+"""Matching of dictionaries: through the depth, across seeds, across models (A4 to A6)."""
