@@ -66,6 +66,7 @@ _NAMES = {
     "index": "saebench.features:index",
     "FeatureStore": "saebench.features:FeatureStore",
     "steer": "saebench.steering:steer",
+    "trace": "saebench.circuits:trace",
     "PlantedDictionary": "saebench.synthetic:PlantedDictionary",
     "UserError": "saebench.errors:UserError",
 }

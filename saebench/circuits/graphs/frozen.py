@@ -9,6 +9,7 @@ Shape suffixes: `T` targets, `S` positions, `D` width of the stream, `H` heads, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ from saebench.errors import UserError
 from saebench.lm.attention import AttentionWeights
 
 TOLERANCE = 1e-3  # of frozen pieces against the model's own, relative
+EQUAL = 1e-5  # forms of a norm that fit equally well, relative
 
 
 @dataclass(frozen=True)
 class FrozenNorm:
-    """A norm with its scale at every position a constant: n = (r, centred or not) * gain + bias."""
+    """A norm with its scale at every position a constant: n = (r, centred or not) * scale * gain + bias."""
 
-    gain_SD: Tensor
+    scale_S: Tensor
+    """1 / sigma: of the prompt, where the gain is of the model."""
+    gain_D: Tensor
     bias_D: Tensor
     centred: bool
 
@@ -37,17 +41,30 @@ class FrozenNorm:
         fits = []
         for centred in (True, False):
             for gain_D in (weight_D, 1 + weight_D):  # some models keep the gain as 1 + weight
-                form_SD = (_centred(r_SD) if centred else r_SD).double() * gain_D
+                x_SD = (_centred(r_SD) if centred else r_SD).double()
+                form_SD = x_SD * gain_D
                 scale_S = ((n_SD - bias_D) * form_SD).sum(1) / form_SD.square().sum(1).clamp_min(1e-300)
                 missed = (form_SD * scale_S[:, None] + bias_D - n_SD).norm() / n_SD.norm().clamp_min(1e-30)
-                fits.append((float(missed), (scale_S[:, None] * gain_D).float(), centred))
-        missed, gain_SD, centred = min(fits, key=lambda fit: fit[0])
+                strange = (scale_S * x_SD.square().mean(1).sqrt() - 1).abs().median()  # a scale is 1 over the size
+                fits.append((float(missed), float(strange), scale_S.float(), gain_D, centred))
+        best = min(fit[0] for fit in fits)
+        missed, _, scale_S, gain_D, centred = min((fit for fit in fits if not fit[0] > best + EQUAL), key=lambda fit: fit[1])
         if not missed < TOLERANCE:
             raise UserError(
                 f"{where} is not a norm of the residual stream that scales and shifts (off by {missed:.0%}): graphs are for models whose "
                 "attention and MLP follow each other, each behind a layer norm or RMS norm, such as GPT-2 and Llama"
             )
-        return cls(gain_SD, bias_D, centred)
+        return cls(scale_S, gain_D, bias_D, centred)
+
+    @cached_property
+    def gain_SD(self) -> Tensor:
+        """Scale and gain together."""
+        return self.scale_S[:, None] * self.gain_D
+
+    @property
+    def unit(self) -> FrozenNorm:
+        """Its one position in any prompt, the scale taken as 1: what the weights alone say of it."""
+        return FrozenNorm(torch.ones_like(self.scale_S[:1]), self.gain_D, self.bias_D, self.centred)
 
     def linear(self, r_SD: Tensor) -> Tensor:
         """Without the bias."""
@@ -74,6 +91,12 @@ class FrozenAttention:
     pattern_HSS: Tensor
     post: FrozenNorm | None = None
     """Between its output and the stream, where a model has one there."""
+
+    @property
+    def unit(self) -> FrozenAttention:
+        """Of one position, which every head looks at: what the weights alone say of it."""
+        pattern_HSS = torch.ones_like(self.pattern_HSS[:, :1, :1])
+        return FrozenAttention(self.weights, pattern_HSS, None if self.post is None else self.post.unit)
 
     def heads(self, n_SD: Tensor, *, biases: bool) -> Tensor:
         """What the heads gather, side by side: [S, H * E]."""

@@ -141,10 +141,16 @@ def _row(model: LocalModel, target: Target) -> Row:
     return Row("difference", label, position, 1.0, 0.0, token, place, W_VD[token] - W_VD[other], float(b_V[token] - b_V[other]))
 
 
-def _feature(model: LocalModel, target: Feature, position: int) -> Row:
-    number = model.names.index(target.dictionary) if target.dictionary in model.names else target.dictionary
+def dictionary_number(model: LocalModel, dictionary: str | int) -> int:
+    """Of a dictionary by its name or number. Raises UserError for one that the model lacks."""
+    number = model.names.index(dictionary) if dictionary in model.names else dictionary
     if not isinstance(number, int) or not 0 <= number < len(model.dictionaries):
-        raise UserError(f"there is no dictionary {target.dictionary!r}: use one of {', '.join(model.names)}")
+        raise UserError(f"there is no dictionary {dictionary!r}: use one of {', '.join(model.names)}")
+    return number
+
+
+def _feature(model: LocalModel, target: Feature, position: int) -> Row:
+    number = dictionary_number(model, target.dictionary)
     for i, part in enumerate(model.parts):
         if part.number == number and part.first <= target.latent < part.first + len(part.W_read_FD):
             return Row("feature", "", position, 1.0, part=i, latent=target.latent - part.first)
