@@ -1,29 +1,51 @@
-"""`saebench trace RUN`: the attribution graph of a prompt, its scores, and how well it foretells what interventions do."""
+"""`saebench trace RUN`: the attribution graph of a prompt, its scores, and how well it foretells what interventions do; of several prompts
+each, and what they have in common."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import re
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saebench.circuits.graphs.graph import Graph
+    from saebench.circuits.graphs.graph_sets import GraphSet, Of
+    from saebench.circuits.graphs.stability import Stability
     from saebench.circuits.graphs.targets import Target
+    from saebench.circuits.graphs.verification import Verification
     from saebench.dictionaries import Dictionary
+    from saebench.lm import LanguageModel
     from saebench.runs import Run
 
 SHOWN = 12
 SCORES = ("replacement", "completeness")
-LETTERS = 40  # of a prompt in a file's name
+OF: tuple[Of, ...] = ("features", "nodes", "edges")
+COMMON = 100  # nodes and edges of a set that --json lists
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="run with transcoders, and Lorsa if it has them: `saebench train bundled-circuits`"
     )
-    parser.add_argument("--prompt", required=True, help="text whose next token is to be explained")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="text whose next token is to be explained (given several times: a graph of each, and what they have in common)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="more prompts, one a line; in a .jsonl file each a JSON string, for prompts of several lines",
+    )
+    parser.add_argument(
+        "--positions",
+        choices=("dropped", "from_end"),
+        default="dropped",
+        help="what of several prompts is the same node: a feature wherever it stands (default), or at the same place from the end",
+    )
     parser.add_argument("--token", help="the token to explain; default the likeliest ones")
     parser.add_argument("--against", metavar="TOKEN", help="explain by how much the logit of --token is above that of this one")
     parser.add_argument("--dictionary", action="append", metavar="ID", help="only this one (may be given several times)")
@@ -40,35 +62,85 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from saebench.circuits.graphs.graph_file import graph_path
-    from saebench.circuits.graphs.tracing import trace
     from saebench.errors import UserError
     from saebench.pipeline import Pipeline
-    from saebench.progress import say
     from saebench.recipes import Recipe
     from saebench.runs import Run
 
-    if not args.prompt.strip():
-        raise UserError("the prompt is empty: give it some text")
+    prompts = _prompts(args)
     if args.against is not None and args.token is None:
         raise UserError("--against compares with --token: give both, or neither")
     run = Run.open(args.run)
     dictionaries = chosen(run, args.dictionary)
-    path = graph_path(run.path, args.name or slug(args.prompt))
     pipeline = Pipeline(Recipe.parse(run.record["recipe"], str(args.run)))
     pipeline.check_model(run)
-    graph = trace(pipeline.lm, dictionaries, args.prompt, targets=_targets(args), max_features=args.features, keep=args.keep)
+    if len(prompts) > 1:
+        return _many(args, run, pipeline.lm, dictionaries, prompts)
+    return {"run": str(args.run), **_one(args, run, pipeline.lm, dictionaries, prompts[0])}
+
+
+def _one(
+    args: argparse.Namespace, run: Run, lm: LanguageModel, dictionaries: dict[str, Dictionary], prompt: str
+) -> dict[str, Any]:
+    from saebench.circuits.graphs.graph_file import graph_path
+    from saebench.circuits.graphs.tracing import trace
+    from saebench.progress import say
+
+    path = graph_path(run.path, args.name or slug(prompt))
+    graph = trace(lm, dictionaries, prompt, targets=_targets(args), max_features=args.features, keep=args.keep)
     pruned = graph.prune()
-    scores = {"whole": graph.scores().as_dict(), "pruned": pruned.scores().as_dict()}
     found = pruned.verify(args.verify) if args.verify else None
-    spearman = None if found is None or math.isnan(found.spearman) else found.spearman
     if found is not None:
-        graph.extra["verification"] = found.as_dict()
+        graph.extra["verification"] = _in_whole(found, pruned, graph)
     graph.save(path)
-    _show(pruned, scores, spearman)
+    result = _result(graph, pruned, path)
+    _show(pruned, result["scores"], result["spearman"])
     say(f"graph: {path}")
+    return result
+
+
+def _many(
+    args: argparse.Namespace, run: Run, lm: LanguageModel, dictionaries: dict[str, Dictionary], prompts: list[str]
+) -> dict[str, Any]:
+    """A graph of each prompt, those that are there already as they are, and what the pruned ones have in common."""
+    from saebench.circuits.graphs.graph_sets import GraphSet
+    from saebench.circuits.graphs.many import trace_many
+    from saebench.errors import UserError
+    from saebench.progress import say
+
+    if args.name is not None:
+        raise UserError("--name is for the graph of one prompt: leave it out, files are named after their prompts")
+    results, kept = [], []
+    options = {"targets": _targets(args), "max_features": args.features, "keep": args.keep}
+    for made in trace_many(lm, dictionaries, prompts, run.path, **options):
+        graph, pruned = made.graph, made.graph.prune()
+        checked = _checked(graph)
+        if args.verify and (checked is None or len(checked["edges"]) != min(args.verify, pruned.num_edges)):
+            graph.extra["verification"] = _in_whole(pruned.verify(args.verify), pruned, graph)
+            graph.save(made.path)
+        pruned.origin = None  # the linear model takes far more memory than the graph
+        results.append({"prompt": graph.prompt, "loaded": made.loaded, **_result(graph, pruned, made.path)})
+        kept.append(pruned)
+        say(f"{len(kept)} of {len(prompts)}: {made.path}{' (there already)' if made.loaded else ''}")
+    graphs = GraphSet(kept, positions=args.positions)
+    stability = {of: graphs.stability(of) for of in OF}
+    nodes, edges = graphs.nodes(top=COMMON), graphs.edges(top=COMMON)
+    _show_common(graphs, results, stability)
     return {
         "run": str(args.run),
+        "positions": args.positions,
+        "prompts": results,
+        "stability": {of: found.as_dict() for of, found in stability.items()},
+        "nodes_in_all": len(graphs.nodes(1.0)),
+        "nodes": [node.as_dict() for node in nodes],
+        "edges": [edge.as_dict() for edge in edges],
+    }
+
+
+def _result(graph: Graph, pruned: Graph, path: Path) -> dict[str, Any]:
+    scores = {"whole": graph.scores().as_dict(), "pruned": pruned.scores().as_dict()}
+    verification = _checked(graph)
+    return {
         "graph": str(path),
         "tokens": len(graph.tokens),
         "targets": {graph.node(int(number)).label: graph.node(int(number)).probability for number in graph.targets},
@@ -78,10 +150,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "edges_pruned": pruned.num_edges,
         "replacement_score": scores["whole"]["replacement"],
         "completeness_score": scores["whole"]["completeness"],
-        "spearman": spearman,
+        "spearman": None if verification is None else verification["total"]["spearman"],
         "scores": scores,
-        "verification": None if found is None else found.as_dict(),
+        "verification": verification,
     }
+
+
+def _checked(graph: Graph) -> dict[str, Any] | None:
+    """What an earlier check found; None where there was none, or the file has something else there."""
+    found: Any = graph.extra.get("verification")
+    whole = isinstance(found, dict) and isinstance(found.get("edges"), list) and isinstance(found.get("total"), dict)
+    return found if whole and "spearman" in found["total"] else None
+
+
+def _in_whole(found: Verification, pruned: Graph, graph: Graph) -> dict[str, Any]:
+    """What was found of the pruned graph, in the numbers that nodes have in the whole one, which the file holds."""
+    number = [graph.find(pruned.id(n)) for n in range(len(pruned))]
+    plain = found.as_dict()
+    for check in plain["edges"]:
+        check.update(source=number[check["source"]], target=number[check["target"]])
+    for check in plain["nodes"]:
+        check["node"] = number[check["node"]]
+    return plain
 
 
 def chosen(run: Run, names: list[str] | None) -> dict[str, Dictionary]:
@@ -102,7 +192,48 @@ def chosen(run: Run, names: list[str] | None) -> dict[str, Dictionary]:
 
 def slug(prompt: str) -> str:
     """A file name from the beginning of a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:LETTERS].strip("-") or "graph"
+    from saebench.circuits.graphs.many import slug as made
+
+    return made(prompt)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """Raises UserError for no prompt, an empty one, and a file that cannot be read as prompts."""
+    from saebench.errors import UserError
+
+    prompts = list(args.prompt)
+    if args.prompts is not None:
+        prompts += _lines(args.prompts)
+    if not prompts:
+        raise UserError("there is no prompt: give --prompt TEXT, or --prompts FILE")
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("the prompt is empty: give it some text")
+    return prompts
+
+
+def _lines(path: Path) -> list[str]:
+    """The prompts of a file; empty lines are none."""
+    from saebench.errors import UserError
+
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: name one with a prompt on each line") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: give one prompt a line") from None
+    if not lines:
+        raise UserError(f"{path} has no prompt: give one a line")
+    if path.suffix != ".jsonl":
+        return [line.removesuffix("\r") for line in lines]
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            found.append(None)
+        if not isinstance(found[-1], str):
+            raise UserError(f'line {number} of {path} is no JSON string: write prompts such as "import os\\n"')
+    return found
 
 
 def _targets(args: argparse.Namespace) -> list[Target] | None:
@@ -132,3 +263,32 @@ def _show(graph: Graph, scores: dict[str, dict[str, float]], spearman: float | N
         console.print(f"{name}: " + ", ".join(f"{what} {said}" for what, said in ends.items()) + "; bounds: what was dropped")
     if spearman is not None:
         console.print(f"predicted against measured: Spearman {spearman:.3f}")
+
+
+def _show_common(graphs: GraphSet, results: list[dict[str, Any]], stability: dict[Of, Stability]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True, highlight=False)
+    table = Table(title=f"graphs of {len(graphs)} prompts")
+    for head, where in (("prompt", "left"), ("replacement", "right"), ("completeness", "right"), ("Spearman", "right")):
+        table.add_column(head, justify=where)  # type: ignore[arg-type]
+    for result in results:
+        figures = (result["replacement_score"], result["completeness_score"], result["spearman"])
+        table.add_row(repr(result["prompt"])[:60], *("" if figure is None else f"{figure:.3f}" for figure in figures))
+    console.print(table)
+    table = Table(title=f"after pruning: the {SHOWN} nodes of most influence in the mean, with 95 % intervals over prompts")
+    for head, where in (("node", "left"), ("at", "left"), ("in", "right"), ("influence", "right")):
+        table.add_column(head, justify=where)  # type: ignore[arg-type]
+    for node in graphs.nodes(top=SHOWN):
+        share = f"{sum(node.present)} of {len(graphs)} ({node.frequency.low:.2f} to {node.frequency.high:.2f})"
+        table.add_row(node.key, repr(node.label) if node.label else "", share, _interval(node.influence.as_list()))
+    console.print(table)
+    for of, found in stability.items():
+        said = f"stability of {of}: {_interval(found.weighted.as_list())}, by chance {found.chance.value:.3f}"
+        console.print(f"{said}; in common to two prompts {found.plain.value:.1%} of what either has")
+
+
+def _interval(ends: list[float | None]) -> str:
+    value, low, high = ends
+    return f"{value:.3f}" if low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"

@@ -1,4 +1,4 @@
-"""`saebench trace`: the graph, its scores and its check, as the library makes them; wrong input in one line."""
+"""`saebench trace`: the graph, its scores and its check, as the library makes them, of one prompt or several; wrong input in one line."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import pytest
 from helpers import SENTENCE
 
 from saebench.circuits.graphs.graph_file import load_graph
+from saebench.circuits.graphs.graph_sets import GraphSet
 from saebench.circuits.graphs.tracing import trace
 from saebench.cli import main
 from saebench.commands.trace import chosen
@@ -87,9 +88,83 @@ def test_what_is_explained(run, tiny_lm, capsys):
     assert len(load_graph(one["graph"]).dictionaries) == 1
 
 
+def test_what_is_checked_is_numbered_as_in_the_file(run, capsys):
+    """Edges are checked in the pruned graph; what is kept names the nodes of the whole one."""
+    result, _ = call(capsys, run, "--prompt", PROMPT, "--verify", 5)
+    graph = load_graph(result["graph"])
+    assert graph.extra["verification"] == result["verification"]
+    weights = {(source, target): weight for target in range(len(graph)) for source, weight in graph.edges_into(target)}
+    for check in result["verification"]["edges"]:
+        assert check["predicted_edge"] == pytest.approx(-weights[check["source"], check["target"]], rel=1e-4)
+        kinds = graph.node(check["source"]).kind, graph.node(check["target"]).kind
+        assert kinds == (check["source_kind"], check["target_kind"])
+    for check in result["verification"]["nodes"]:
+        assert graph.node(check["node"]).kind == check["kind"]
+
+
+def test_several_prompts(run, tmp_path, capsys):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("def value_4(x):\n\ndef value_5(x):\n")
+    result, err = call(capsys, run, "--prompt", PROMPT, "--prompts", lines, "--verify", 3)
+    assert [each["prompt"] for each in result["prompts"]] == [PROMPT, "def value_4(x):", "def value_5(x):"]
+    graphs = [load_graph(each["graph"]) for each in result["prompts"]]
+    expected = GraphSet([graph.prune() for graph in graphs])
+    assert result["stability"] == {of: expected.stability(of).as_dict() for of in ("features", "nodes", "edges")}
+    assert result["nodes"] == [node.as_dict() for node in expected.nodes(top=100)]
+    assert result["edges"] == [edge.as_dict() for edge in expected.edges(top=100)]
+    assert result["nodes_in_all"] == len(expected.intersection().nodes)
+    assert all(len(each["verification"]["edges"]) == 3 for each in result["prompts"])
+    assert "stability of features" in err and "3 of 3" in err and result["nodes"][0]["key"][:9] in err
+    again, err = call(capsys, run, "--prompt", PROMPT, "--prompts", lines, "--verify", 3)
+    assert all(each.pop("loaded") for each in again["prompts"]) and "(there already)" in err
+    for each in result["prompts"]:
+        each.pop("loaded")
+    assert again == result
+    placed, _ = call(capsys, run, "--prompt", PROMPT, "--prompts", lines, "--verify", 0, "--positions", "from_end")
+    assert "/start/" in json.dumps([node["key"] for node in placed["nodes"]])
+
+
+def test_prompts_of_several_lines(run, tmp_path, capsys):
+    lines = tmp_path / "prompts.jsonl"
+    prompts = ["def a(x):\n    return", "x = 3\ny ="]
+    lines.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    result, _ = call(capsys, run, "--prompts", lines, "--verify", 0, "--features", 20)
+    assert [each["prompt"] for each in result["prompts"]] == prompts
+    lines.write_text(json.dumps(prompts[0]))
+    one, _ = call(capsys, run, "--prompts", lines, "--verify", 0, "--features", 20)
+    assert load_graph(one["graph"]).prompt == prompts[0] and "stability" not in one
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "said"),
+    [
+        (None, [], "there is no file .*: name one with a prompt on each line"),
+        ("\n \n", [], "has no prompt: give one a line"),
+        ("x\n", ["--prompt", "x"], "prompt 2 is the same as prompt 1"),
+        ("x\ny\n", ["--name", "z"], "--name is for the graph of one prompt"),
+        (b"\xff\xfe\x00", [], "is not text in UTF-8"),
+    ],
+)
+def test_wrong_files_of_prompts(content, arguments, said, run, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    result, err = call(capsys, run, "--prompts", path, *arguments, code=2)
+    assert re.search(said, result["error"]) and "\n" not in result["error"] and "Traceback" not in err
+
+
+@pytest.mark.parametrize("line", ["x = 3", "3", '["x"]'])
+def test_lines_that_are_no_json_strings(line, run, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'"x"\n{line}\n')
+    result, _ = call(capsys, run, "--prompts", path, code=2)
+    assert "line 2 of" in result["error"] and "is no JSON string" in result["error"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ([], "there is no prompt: give --prompt TEXT, or --prompts FILE"),
         (["--prompt", " "], "the prompt is empty"),
         (["--prompt", "x" * 500], "positions|tokens"),
         (["--prompt", "x", "--token", "no such token"], "token"),
