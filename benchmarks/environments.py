@@ -21,7 +21,8 @@ SAE_DASHBOARD = Peer(
     "dashboard",
     Environment("sae-dashboard", ("sae-dashboard==0.8.0", "pyarrow==25.0.1"), uninstall=("torchvision",)),
 )
-INSTALLED = PEERS | {SAE_DASHBOARD.name: SAE_DASHBOARD}
+CIRCUIT_TRACER = Peer("circuit-tracer", "circuit_tracer", Environment("circuit-tracer", ("circuit-tracer==0.5.0",)))
+INSTALLED = PEERS | {peer.name: peer for peer in (SAE_DASHBOARD, CIRCUIT_TRACER)}
 
 
 def python_of(peer: Peer) -> Path:

@@ -59,6 +59,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="strongest edges that are checked in the model (default: 50; 0 for none)",
     )
     parser.add_argument("--name", help="of the file in RUN/graphs; default made from the prompt")
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="also write the pruned graph as circuit-tracer's JSON, which Neuronpedia takes",
+    )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,6 +102,11 @@ def _one(
     result = _result(graph, pruned, path)
     _show(pruned, result["scores"], result["spearman"])
     say(f"graph: {path}")
+    if args.export is not None:
+        from saebench.interop import write_circuit_tracer
+
+        write_circuit_tracer(pruned, args.export)
+        say(f"for circuit-tracer and Neuronpedia: {args.export}")
     return result
 
 
@@ -108,6 +119,8 @@ def _many(
     from saebench.errors import UserError
     from saebench.progress import say
 
+    if args.export is not None:
+        raise UserError("--export is for the graph of one prompt: give one")
     if args.name is not None:
         raise UserError("--name is for the graph of one prompt: leave it out, files are named after their prompts")
     results, kept = [], []

@@ -11,6 +11,7 @@ from saebench.circuits.graphs.graph_sets import GraphSet
 from saebench.circuits.graphs.tracing import trace
 from saebench.cli import main
 from saebench.commands.trace import chosen
+from saebench.interop import read_circuit_tracer
 from saebench.runs import Run
 
 PROMPT = "def value_3(x):"
@@ -100,6 +101,14 @@ def test_what_is_checked_is_numbered_as_in_the_file(run, capsys):
         assert kinds == (check["source_kind"], check["target_kind"])
     for check in result["verification"]["nodes"]:
         assert graph.node(check["node"]).kind == check["kind"]
+
+
+def test_the_pruned_graph_for_circuit_tracer(run, tmp_path, capsys):
+    result, _ = call(capsys, run, "--prompt", PROMPT, "--verify", 0, "--export", tmp_path / "graph.json")
+    read = read_circuit_tracer(tmp_path / "graph.json")
+    assert (len(read), read.num_edges) == (result["nodes_pruned"], result["edges_pruned"])
+    assert main(["trace", str(run), "--prompt", PROMPT, "--prompt", "x", "--export", str(tmp_path / "two.json")]) == 2
+    assert "--export is for the graph of one prompt" in capsys.readouterr().err and not (tmp_path / "two.json").exists()
 
 
 def test_several_prompts(run, tmp_path, capsys):
