@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saebench.circuits.discovery.examples import prompt_rows
+from saebench.circuits.discovery.examples import check_ids, prompt_rows
 from saebench.dictionaries import Discrete
 from saebench.dictionaries.discrete import DiscreteDictionary, edge_scores, equal_heads, head_scores
 from saebench.errors import UserError
@@ -38,7 +38,8 @@ class DiscreteCircuit:
     by_seed_KLH: Tensor
     """A head's score with each of several autoencoders, which differ in their random start."""
     edges_GG: Tensor
-    """Share of positives on which both of two heads show codes that negatives lack, mean over seeds; heads layer by layer."""
+    """Share of positives on which both of two heads show codes that negatives lack, mean over seeds; heads layer by layer. Of aligned
+    examples each at its best position, as what one head writes another may read further on."""
     positives: int
     negatives: int
 
@@ -92,7 +93,8 @@ def discrete_circuit(
         places = range(codes_BSG.shape[1])
         found = torch.stack([head_scores(positive_PSG[:, s], negative_MSG[:, s]) for s in places]).mean(0)
         scores.append(found.view(layers, -1))
-        edges.append(torch.stack([edge_scores(positive_PSG[:, s], negative_MSG[:, s]) for s in places]).mean(0))
+        between = edge_scores(positive_PSG.flatten(1), negative_MSG.flatten(1))  # of all positions and heads
+        edges.append(between.unflatten(1, (len(places), -1)).unflatten(0, (len(places), -1)).amax((0, 2)))
     return DiscreteCircuit(torch.stack(scores).cpu(), torch.stack(edges).mean(0).cpu(), counts[0], counts[1])
 
 
@@ -101,6 +103,11 @@ def _rows(lm: LanguageModel, examples: Sequence[str] | Tensor, name: str) -> tup
     if len(examples) == 0:
         raise UserError(f"there are no {name}: give 5 to 10 examples of each class")
     if isinstance(examples, Tensor):
+        if examples.ndim != 2:
+            raise UserError(
+                f"{name} are a tensor of shape {tuple(examples.shape)}: give token ids [examples, positions], or texts"
+            )
+        check_ids(lm, examples)
         ids_BS, ends_B = examples.to(lm.device), torch.full((len(examples),), examples.shape[1] - 1, device=lm.device)
     else:
         ids_BS, ends_B = prompt_rows(lm, examples)

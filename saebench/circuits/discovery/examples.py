@@ -58,13 +58,37 @@ class Examples:
 
 
 def on_model(lm: LanguageModel, examples: Examples) -> Examples:
-    """The same where the model is. Raises UserError for none, and for prompts longer than the model's positions."""
+    """The same where the model is. Raises UserError for none, for prompts longer than the model's positions, ids that its vocabulary lacks,
+    and parts that do not fit together."""
     if not len(examples):
         raise UserError("there are no examples: give at least one prompt with its answer")
     lm.check_context(examples.ids_BS.shape[1])
+    count, size = examples.ids_BS.shape
+    for name in ("ends_B", "answers_B", "others_B"):
+        part_B = getattr(examples, name)
+        if part_B is not None and part_B.shape != (count,):
+            raise UserError(f"{count} prompts come with {len(part_B)} {name.removesuffix('_B')}: give one for each")
+    if examples.patch_BS is not None and examples.patch_BS.shape != (count, size):
+        raise UserError(
+            f"prompts are {count} x {size} tokens and counterfactuals {' x '.join(map(str, examples.patch_BS.shape))}: they must stand "
+            "token for token in each other's places"
+        )
+    if not 0 <= int(examples.ends_B.min()) <= int(examples.ends_B.max()) < size:
+        raise UserError(f"the end of a prompt is not one of its {size} positions: count them from 0")
+    for ids in (examples.ids_BS, examples.answers_B, examples.others_B, examples.patch_BS):
+        if ids is not None:
+            check_ids(lm, ids)
     place = lambda t: None if t is None else t.to(lm.device)  # noqa: E731
     others_B, patch_BS = place(examples.others_B), place(examples.patch_BS)
     return Examples(place(examples.ids_BS), place(examples.ends_B), place(examples.answers_B), others_B, patch_BS)
+
+
+def check_ids(lm: LanguageModel, ids: Tensor) -> None:
+    """Raises UserError for token ids that the model lacks."""
+    rows = len(lm.hf.get_input_embeddings().weight)
+    if not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+        wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        raise UserError(f"token id {wrong} is not in the model's vocabulary of {rows:,}: give ids of its own tokenizer")
 
 
 def examples_of(

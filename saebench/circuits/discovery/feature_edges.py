@@ -17,7 +17,6 @@ from torch import Tensor
 from saebench.circuits.discovery.examples import Examples, measure
 from saebench.circuits.discovery.patching import ERROR, NodeEffects, Patching
 from saebench.circuits.discovery.submodules import Delta, Live, State, Submodule
-from saebench.errors import UserError
 
 EDGE_THRESHOLD = 0.01  # Marks et al. 2024
 
@@ -51,10 +50,7 @@ class _Own:
 def feature_edges(patching: Patching, effects: NodeEffects, nodes_M: Tensor) -> FeatureEdges:
     """The edges between some nodes of `effects`, such as `effects.above()`: one backward pass for every node and batch. Raises UserError
     for a node that the table lacks."""
-    if len(nodes_M) and not 0 <= int(nodes_M.min()) <= int(nodes_M.max()) < len(effects):
-        raise UserError(
-            f"nodes are numbers from 0 to {len(effects) - 1}, rows of the table of effects: {nodes_M.tolist()[:5]} are not all"
-        )
+    effects.check(nodes_M)
     count = len(nodes_M)
     own = {sub.site: _own(patching, effects, nodes_M, number) for number, sub in enumerate(patching.subs)}
     weight_MM, direct_M = torch.zeros(count, count), torch.zeros(count)

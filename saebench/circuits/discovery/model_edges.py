@@ -223,18 +223,18 @@ class Components:
             start_BSD = model.embedding(batch.ids_BS)
             with torch.no_grad():
                 clean_BUSD = model.stacked(model.run(start_BSD)[1])
-            changed_BUSD = self._sources_under_patch(model, batch) - clean_BUSD
+            changed_BUSD = self.sources_under_patch(model, batch) - clean_BUSD
             if method == "exact":
                 effect_UT = self._exact_edges(model, batch, start_BSD, changed_BUSD)
             else:
                 effect_UT = self._attributed_edges(model, batch, start_BSD, changed_BUSD, steps if method == "eap_ig" else 1)
             total_UT += effect_UT.cpu() / len(self.examples)
-        for column, (layer, kind) in enumerate(_keys(model)):
+        for column, (layer, kind) in enumerate(input_of_targets(model)):
             total_UT[model.sources_before(layer, kind) :, column] = torch.nan
         return EdgeEffects(model.sources, model.targets, total_UT)
 
     @torch.no_grad()
-    def _sources_under_patch(self, model: SplitModel, batch: Examples) -> Tensor:
+    def sources_under_patch(self, model: SplitModel, batch: Examples) -> Tensor:
         """What sources write under the patch: [B, U, S, D], or what expands to it."""
         sources = lambda ids_BS: {"": model.stacked(model.run(model.embedding(ids_BS))[1]).transpose(1, 2)}  # noqa: E731
         if self.patch == "resample":
@@ -254,7 +254,7 @@ class Components:
                 (layer, kind): Change(
                     start_BSD.new_zeros(examples, self.num_heads if kind in "qkv" else 1, positions, width).requires_grad_()
                 )
-                for layer, kind in dict.fromkeys(_keys(model))
+                for layer, kind in dict.fromkeys(input_of_targets(model))
             }
             with torch.enable_grad():
                 logits_BSV, _ = model.run(start_BSD + (k / steps) * changed_BUSD[:, 0], changes)
@@ -264,7 +264,7 @@ class Components:
                 if gradient is not None:
                     gradients[key] = gradients.get(key, 0.0) + gradient / steps
         columns = []
-        for key in dict.fromkeys(_keys(model)):
+        for key in dict.fromkeys(input_of_targets(model)):
             heads = self.num_heads if key[1] in "qkv" else 1
             if key in gradients:
                 columns.append(torch.einsum("busd,bhsd->uh", changed_BUSD, gradients[key]))
@@ -277,7 +277,7 @@ class Components:
         clean = self.metric(model.run(start_BSD)[0], batch).sum()
         effect_UT = torch.zeros(changed_BUSD.shape[1], len(model.targets), device=start_BSD.device)
         seen: dict[Key, int] = {}
-        for column, key in enumerate(_keys(model)):
+        for column, key in enumerate(input_of_targets(model)):
             head = seen.get(key, 0)
             seen[key] = head + 1
             heads = torch.tensor([head], device=start_BSD.device) if key[1] in "qkv" else None
@@ -287,7 +287,7 @@ class Components:
         return effect_UT
 
 
-def _keys(model: SplitModel) -> list[Key]:
+def input_of_targets(model: SplitModel) -> list[Key]:
     """The input that each target of `SplitModel.targets` has."""
     keys: list[Key] = []
     for layer in range(model.num_layers):

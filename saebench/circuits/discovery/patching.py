@@ -62,6 +62,13 @@ class NodeEffects:
         order_N = self.order()
         return order_N[self.effect_N[order_N].abs() >= threshold]
 
+    def check(self, nodes_M: Tensor) -> None:
+        """Raises UserError for a node that the table lacks."""
+        if len(nodes_M) and not 0 <= int(nodes_M.min()) <= int(nodes_M.max()) < len(self):
+            raise UserError(
+                f"nodes are numbers from 0 to {len(self) - 1}, rows of the table of effects: {nodes_M.tolist()[:5]} are not all"
+            )
+
     def name(self, node: int) -> str:
         """Such as `blocks.1.hook_resid_post/17@5`, or `.../error` where positions are summed."""
         latent, position = int(self.latent_N[node]), int(self.position_N[node])

@@ -107,7 +107,7 @@ def faithfulness_curve(
     away changes nothing, so that there is nothing to be faithful to.
     """
     count = len(scores_N)
-    sizes = _spread(count, points) if sizes is None else sorted(set(sizes))
+    sizes = spread_sizes(count, points) if sizes is None else sorted(set(sizes))
     if not sizes or sizes[0] < 0 or sizes[-1] > count:
         raise UserError(f"sizes {sizes} do not lie between 0 and the {count} components that are scored")
     order_N = scores_N.detach().abs().argsort(descending=True, stable=True).cpu()
@@ -128,6 +128,7 @@ def faithfulness_curve(
     return Curve(sizes, inside, outside, full, none)
 
 
-def _spread(count: int, points: int) -> list[int]:
+def spread_sizes(count: int, points: int = 12) -> list[int]:
+    """0, `count` and numbers spread geometrically between them, `points` at most."""
     inner = torch.logspace(0, torch.tensor(float(max(count, 1))).log10().item(), max(points - 1, 2)).round().int().tolist()
     return sorted({0, *(min(size, count) for size in inner), count})

@@ -10,7 +10,7 @@ Shape suffixes: `C` contexts, `S` positions, `D` width, `H` heads, `h` some head
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,11 +40,15 @@ class Change:
 
 @dataclass
 class Written:
-    """What every source wrote in a pass: the embedding [C, S, D], heads [C, H, S, D] by layer, MLPs [C, S, D] by layer."""
+    """What every source wrote in a pass, so far: the embedding [C, S, D], heads [C, H, S, D] by layer, MLPs [C, S, D] by layer."""
 
     embedding_CSD: Tensor
     heads: list[Tensor] = field(default_factory=list)
     mlps: list[Tensor] = field(default_factory=list)
+
+
+Changes = Mapping[Key, Change] | Callable[[Key, Written], Change | None]
+"""Changes of inputs, known beforehand or made of what was written before them in the same pass."""
 
 
 class SplitModel:
@@ -82,22 +86,27 @@ class SplitModel:
         """What the stream begins with: [C, S, D]."""
         return self.lm.read(ids_CS, [EMBEDDING])[EMBEDDING].clone().float()
 
-    def run(self, embedding_CSD: Tensor, changes: Mapping[Key, Change] | None = None) -> tuple[Tensor, Written]:
+    def run(self, embedding_CSD: Tensor, changes: Changes | None = None) -> tuple[Tensor, Written]:
         """Logits [C, S, V] and what was written, with the inputs changed that `changes` names."""
-        changes = changes or {}
         written, r_CSD = Written(embedding_CSD), embedding_CSD
+
+        def change(layer: int, kind: str) -> Change | None:
+            if changes is None:
+                return None
+            return changes((layer, kind), written) if callable(changes) else changes.get((layer, kind))
+
         for layer in range(self.num_layers):
             before_CSD = r_CSD
-            heads_CHSD = self._heads(layer, before_CSD, changes)
-            r_CSD = before_CSD + heads_CHSD.sum(1) + self.attention[layer].b_O_D
-            mlp_CSD = self._read(self.norms[layer][1], before_CSD if self.parallel else r_CSD, changes.get((layer, "mlp")))
-            mlp_CSD = self.mlps[layer](mlp_CSD)
-            r_CSD = r_CSD + mlp_CSD
+            heads_CHSD = self._heads(layer, before_CSD, {kind: change(layer, kind) for kind in "qkv"})
             written.heads.append(heads_CHSD)
+            r_CSD = before_CSD + heads_CHSD.sum(1) + self.attention[layer].b_O_D
+            mlp_CSD = self._read(self.norms[layer][1], before_CSD if self.parallel else r_CSD, change(layer, "mlp"))
+            mlp_CSD = self.mlps[layer](mlp_CSD)
             written.mlps.append(mlp_CSD)
-        return self.unembed(self._read(self.final, r_CSD, changes.get((self.num_layers, "logits")))), written
+            r_CSD = r_CSD + mlp_CSD
+        return self.unembed(self._read(self.final, r_CSD, change(self.num_layers, "logits"))), written
 
-    def _heads(self, layer: int, r_CSD: Tensor, changes: Mapping[Key, Change]) -> Tensor:
+    def _heads(self, layer: int, r_CSD: Tensor, changes: Mapping[str, Change | None]) -> Tensor:
         """What each head writes: [C, H, S, D]."""
         weights = self.attention[layer]
         x_CSD = self.norms[layer][0](r_CSD)
@@ -107,7 +116,7 @@ class SplitModel:
             ("k", weights.W_K_HDE, weights.b_K_HE),
             ("v", weights.W_V_HDE, weights.b_V_HE),
         ):
-            change = changes.get((layer, kind))
+            change = changes[kind]
             if change is None or change.heads is not None:
                 y_CHSE = torch.einsum("csd,hde->chse", x_CSD, W_HDE) + b_HE[:, None]
             if change is not None:
@@ -148,8 +157,8 @@ class SplitModel:
 
     @staticmethod
     def stacked(written: Written) -> Tensor:
-        """What all sources wrote, in order: [C, U, S, D]."""
+        """What all sources wrote so far, in order: [C, U, S, D]."""
         parts = [written.embedding_CSD[:, None]]
-        for heads_CHSD, mlp_CSD in zip(written.heads, written.mlps, strict=True):
-            parts += [heads_CHSD, mlp_CSD[:, None]]
+        for layer, heads_CHSD in enumerate(written.heads):
+            parts += [heads_CHSD, *(mlp_CSD[:, None] for mlp_CSD in written.mlps[layer : layer + 1])]
         return torch.cat(parts, 1)

@@ -45,7 +45,7 @@ class Submodule:
         if len(dictionary.config.writes) != 1:
             raise UserError(
                 f"a {dictionary.config.architecture!r} dictionary that writes {' + '.join(dictionary.config.writes)} is several submodules "
-                "at once: use dictionaries that write one site each"
+                "at once: use dictionaries that write one site each, such as transcoders, Lorsa and autoencoders"
             )
         dictionary = dictionary.settled().to(lm.device)
         directions_FD = dictionary.directions
@@ -82,8 +82,9 @@ class Submodule:
 
 
 def submodules(lm: LanguageModel, dictionaries: Iterable[Dictionary], skip: int) -> list[Submodule]:
-    """In the order in which the model computes what they write. Raises UserError for none, and for two that write the same site."""
-    found = [Submodule(dictionary, lm, skip) for dictionary in dictionaries]
+    """In the order in which the model computes what they write; of a layer group, one for each layer. Raises UserError for none, for two
+    that write the same site, and for kinds that are no submodules."""
+    found = [Submodule(part, lm, skip) for dictionary in dictionaries for part in dictionary.parts().values()]
     if not found:
         raise UserError("a feature circuit needs dictionaries, and none is given")
     sites = [sub.site for sub in found]

@@ -144,9 +144,12 @@ def parts_of(dictionary: Dictionary, number: int, layers: int) -> list[Part]:
     if isinstance(finished, CrossLayerTranscoder):
         parts = _of_layers(finished, number, places, targets)
     elif len(places) != 1 or len(targets) != 1:
-        raise UserError(
-            f"{name} reads or writes several sites at once, earlier ones too: graphs need one that reads before it writes"
+        fix = (
+            "give the dictionary of each layer, dictionary.at(site)"
+            if len(dictionary.parts()) > 1
+            else "leave it out, and give one that reads one site before it writes, such as a transcoder or Lorsa"
         )
+        raise UserError(f"{name} reads or writes several sites at once, earlier ones too, which a graph has no place for: {fix}")
     elif isinstance(finished, LorsaDictionary):
         write = Write(targets[0], lambda latents_M: finished.W_dec[latents_M], finished.b_dec)
         parts = [Part(number, finished, places[0], 0, finished.W_V_FD, finished.b_V, [write])]

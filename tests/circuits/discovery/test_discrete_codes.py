@@ -61,6 +61,8 @@ def test_on_the_planted_transformer_both_heads_rank_first(planted):
     agreed = precision_recall(found.scores_LH, truth)
     assert (agreed.precision, agreed.recall) == (1.0, 1.0)
     assert {(layer, head) for layer, head, _ in found.ranked()[:2]} == {circuit.previous_token_head, circuit.induction_head}
+    # The previous-token head writes where the induction head looks, not where it reads: the edge shows though they differ at other places.
+    assert found.edges_GG[0, 3] >= 0.5 and found.edges_GG[0, 1] == found.edges_GG[1, 3] == 0
     # At the last position only the induction head differs; the other head of the circuit has done its part earlier in the text.
     last = discrete_circuit(lm, *pairs(), d_sae=64, seeds=1)
     assert last.ranked()[0][:2] == circuit.induction_head
@@ -93,6 +95,8 @@ def test_bad_input_is_one_line(tiny_lm, contexts):
         (lambda: discrete_circuit(tiny_lm, ["x"], ["x y z"], aligned=True), "the same number of tokens"),
         (lambda: discrete_circuit(tiny_lm, ids[:2, :1], ids[2:]), "fewer than 2 tokens"),
         (lambda: discrete_circuit(tiny_lm, ids[:2], ids[2:], seeds=0), "make no dictionary"),
+        (lambda: discrete_circuit(tiny_lm, ids[0], ids[1]), "give token ids .examples, positions., or texts"),
+        (lambda: discrete_circuit(tiny_lm, ids[:2], ids[2:] - 10**6), "not in the model's vocabulary"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             build()
