@@ -19,6 +19,7 @@ ICONS = {
     "feature": ":material/highlight:",
     "prompt": ":material/edit_note:",
     "steering": ":material/tune:",
+    "circuit": ":material/account_tree:",
     "compare": ":material/compare_arrows:",
     "corpus": ":material/library_books:",
 }

@@ -6,6 +6,7 @@ import shlex
 from typing import Literal
 
 import address
+import circuit_files
 import filtering
 import layout
 import numpy as np
@@ -41,6 +42,7 @@ def show() -> None:
         feature_live.test(entry, store, latent, details)
         feature_live.sources(entry, store, latent)
         _steering(entry, latent)
+        circuit_files.show_containing(entry, latent)
     with right:
         _aside(entry, store, latent, details)
 

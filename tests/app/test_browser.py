@@ -18,7 +18,7 @@ from saebench.features.labelling.notes import Notes
 from saebench.figures.tokens import alone
 
 pytestmark = pytest.mark.slow
-PAGES = ("overview", "features", "feature", "prompt", "compare", "corpus", "steering")
+PAGES = ("overview", "features", "feature", "prompt", "compare", "corpus", "steering", "circuit")
 
 
 @pytest.fixture(scope="module")
