@@ -43,7 +43,7 @@ class Summary:
 
 def saved(run: Opened) -> list[Path]:
     """The files of graphs, the newest first; what stands beside a graph is none."""
-    found = [path for path in (run.path / FOLDER).glob("*.json") if "." not in path.stem]
+    found = [path for path in (run.path / FOLDER).glob("*.json") if not path.name.endswith(".supernodes.json")]
     return sorted(found, key=lambda path: (-(opening.stamp(path) or (0, 0, 0))[2], path.name))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import address
 import circuit_files
 import layout
+import opening
 import streamlit as st
 from circuit_files import Pruned
 from circuit_nodes import Named, chip_of
@@ -23,8 +24,8 @@ from saebench.figures.graph_layout import GROUP
 SAID = "circuit-groups-said"
 LISTED, MEMBERS, LETTERS = 12, 5, 80
 MEANT = (
-    "Features that get the same from the same nodes and give the same to the same ones are put together, by how alike their edges are at "
-    "the default pruning. Edits are kept beside the graph; rename, merge or remove what does not belong together."
+    "Features that get the same from the same nodes, give the same to the same ones, and write alike are put together, by their edges at "
+    "the default pruning and by their directions. Edits are kept beside the graph; rename, merge or remove what does not belong together."
 )
 
 
@@ -42,7 +43,7 @@ def of(run: Opened, slug: str, key: str, pruned: Pruned) -> Groups | None:
     path = graph_path(run.path, slug)
     try:
         kept = load_supernodes(path, pruned.whole)
-        whole = kept if kept is not None else _automatic(key)
+        whole = kept if kept is not None else _automatic(key, run)
         return Groups(whole, whole.carried_over(pruned.whole, pruned.graph), kept is not None)
     except (UserError, OSError) as error:
         layout.problem(str(error))
@@ -50,10 +51,11 @@ def of(run: Opened, slug: str, key: str, pruned: Pruned) -> Groups | None:
 
 
 @st.cache_resource(show_spinner="Grouping the nodes", max_entries=32)
-def _automatic(key: str) -> Supernodes:
+def _automatic(key: str, _run: Opened) -> Supernodes:
     whole: Graph = circuit_files.graph(key)
-    left = whole.prune()
-    return supernodes(left).carried_over(left, whole)
+    left, names = whole.prune(), {entry["name"] for entry in whole.dictionaries}
+    written = {name: opening.dictionary(_run.entries[name]) for name in names if name in _run.entries}
+    return supernodes(left, dictionaries=written if len(written) == len(names) else None).carried_over(left, whole)
 
 
 # --- shown and edited ---

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python benchmarks/index_cost.py` works too
@@ -30,6 +31,7 @@ from saebench.activations import ActivationStore
 from saebench.activations.encoding import Encoded
 from saebench.features import index
 from saebench.features.building import CONTEXTS_AT_ONCE
+from saebench.lm import Contexts
 
 HEAD = (
     *("tokens", "encode s", "store s", "store / encode (range)", "store us a token"),
@@ -39,12 +41,13 @@ SITE, CONTEXT_SIZE, STORED = "blocks.2.hook_resid_post", 128, 100_000
 
 
 class Repeated:
-    """A store's contexts as often as it takes."""
+    """A store's contexts as often as it takes. The tokens are in a mapped file, as those of a store are, and no anonymous memory."""
 
     def __init__(self, store: ActivationStore, num_tokens: int):
         self.store, self.skip, self.ordered = store, store.skip, True
         self.num_contexts, self.context_size = max(1, num_tokens // store.context_size), store.context_size
-        self.contexts = store.contexts[torch.arange(self.num_contexts) % store.num_contexts]
+        columns = (getattr(store.contexts, name) for name in ("ids_NS", "documents_NS", "positions_NS"))
+        self.contexts = Contexts(*(repeated(rows_NS, self.num_contexts) for rows_NS in columns), store.contexts.names)
         self.widths, self.identity = store.widths, f"{store.identity}-{self.num_contexts}"
 
     def check_sites(self, sites: list[str]) -> None:
@@ -52,6 +55,15 @@ class Repeated:
 
     def fetch(self, contexts_N: torch.Tensor, sites: list[str], out: dict | None = None) -> dict[str, Encoded]:
         return self.store.fetch(contexts_N % self.store.num_contexts, sites)
+
+
+def repeated(rows_NS: torch.Tensor, count: int) -> torch.Tensor:
+    """So many rows, in a mapped file without a name."""
+    with tempfile.TemporaryFile() as file:
+        mapped_NS = np.memmap(file, dtype=np.int32, mode="w+", shape=(count, rows_NS.shape[1]))
+    for start in range(0, count, len(rows_NS)):
+        mapped_NS[start : start + len(rows_NS)] = rows_NS[: count - start].numpy()
+    return torch.from_numpy(mapped_NS)
 
 
 def encode_only(dictionary: sb.Dictionary, source: Repeated) -> None:

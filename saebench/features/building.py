@@ -4,8 +4,9 @@ source -> chunks of contexts -> codes by token (kept) and by latent (a run) -> r
 tables of that range
 
 Chunks and ranges are written whole and then entered in the manifest, so a stopped build goes on behind the last one entered. Memory is
-bounded by a chunk and a range, whatever the length of the corpus (a latent with more entries than a range may have makes a range of its
-own). The store is built beside its place and takes it when it is complete: who reads sees the old one or the new one.
+bounded by a chunk and a range, whatever the length of the corpus: what is as long as the corpus lies in mapped files (a latent with more
+entries than a range may have makes a range of its own; the names of the documents are a list). The store is built beside its place and
+takes it when it is complete: who reads sees the old one or the new one.
 
 Shape suffixes: `N` entries, `F` d_sae, `M` latents of a range, `T` tokens.
 """
@@ -16,6 +17,7 @@ import hashlib
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,9 @@ from saebench.codes import SparseCodes
 from saebench.dictionaries import Dictionary
 from saebench.errors import UserError
 from saebench.features import layout
-from saebench.features.effects import LogitEffects, Neighbours, encoder_rows
-from saebench.features.store import FeatureStore, map_chunk
-from saebench.features.tables import Listed, write_corpus, write_details, write_latents, write_postings
+from saebench.features.effects import EMPTY, LogitEffects, Neighbours, encoder_rows
+from saebench.features.store import Chunk, FeatureStore, map_chunk
+from saebench.features.tables import Listed, map_ids, write_corpus, write_details, write_latents, write_postings
 from saebench.files import (
     MANIFEST,
     check_files,
@@ -43,13 +45,13 @@ from saebench.files import (
     write_tensors,
 )
 from saebench.kernels.latent_order import latent_order
-from saebench.kernels.posting_statistics import coactivation, merge_runs, moments, top_tokens
+from saebench.kernels.posting_statistics import Postings, coactivation, merge_runs, moments, top_tokens
 from saebench.lm import Contexts
 from saebench.progress import progress, say
 
 CONTEXTS_AT_ONCE = 32
-CHUNK_TOKENS = 131_072
-RANGE_ENTRIES = 16 << 20
+CHUNK_TOKENS = 65_536
+RANGE_ENTRIES = 8 << 20
 RANGE_LATENTS = 32_768
 FIT = (2.0**-3, 2.0**13)  # largest values that are stored as they are; others are scaled by a power of two
 LARGEST = 65504.0
@@ -96,12 +98,11 @@ def index(
         if not (grow and same and found.num_contexts < count):
             there, asked = layout.describe(found.config, found.num_contexts), layout.describe(config, count)
             raise UserError(f"{out} holds features of {there}, not of {asked}: overwrite it, or name another place")
-    contexts = source.contexts[numbers_C]
     building = out.with_name(f".{out.name}.building")
     building.mkdir(parents=True, exist_ok=True)
     with locked(building / ".lock", busy=f"building {building}"):
-        builder = _Builder.open(building, config, contexts, dictionary.config.d_sae)
-        builder.encode(dictionary, source, numbers_C)
+        builder = _Builder.open(building, config, source.contexts, numbers_C, dictionary.config.d_sae)
+        builder.encode(dictionary, source)
         builder.sort(dictionary, lm)
         return builder.finish(out)
 
@@ -131,13 +132,53 @@ class _TooLarge(Exception):
         self.largest = largest
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """What is listed of a latent by the weights alone."""
+
+    written: tuple[Tensor, Tensor] | None
+    read: tuple[Tensor, Tensor] | None
+    effects: LogitEffects
+
+    @classmethod
+    def of(cls, dictionary: Dictionary, lm: Any) -> _Weights:
+        written, read = (
+            Neighbours(rows).nearest(layout.NEIGHBOURS) for rows in (dictionary.directions, encoder_rows(dictionary))
+        )
+        return cls(written, read, LogitEffects(dictionary, lm))
+
+    def listed(self, first: int, last: int) -> dict[str, Listed]:
+        none = torch.full((last - first, 0), EMPTY), torch.zeros(last - first, 0)
+        written, read = (none if both is None else [each[first:last] for each in both] for both in (self.written, self.read))
+        promoted, raised, suppressed, lowered = self.effects.of(first, last, layout.LOGITS)
+        return {
+            "neighbours": Listed(*written, name="cosine"),
+            "read_neighbours": Listed(*read, name="cosine"),
+            "promoted": Listed(promoted, raised, name="logit"),
+            "suppressed": Listed(suppressed, lowered, name="logit"),
+        }
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """What every range needs of the whole corpus, which is mapped, and of all latents."""
+
+    chunks: list[Chunk]
+    counts_F: np.ndarray
+    ids_T: np.ndarray
+    vocabulary: int
+    weights: _Weights
+
+
 @dataclass
 class _Builder:
     """A store being built: what is on disk and entered in the manifest."""
 
     path: Path
     config: dict[str, Any]
-    contexts: Contexts
+    corpus: Contexts
+    numbers_C: Tensor
+    """The contexts of the corpus that are encoded."""
     d_sae: int
     chunk_contexts: int
     value_scale: float = 1.0
@@ -147,14 +188,14 @@ class _Builder:
     files: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path, config: dict[str, Any], contexts: Contexts, d_sae: int) -> _Builder:
+    def open(cls, path: Path, config: dict[str, Any], corpus: Contexts, numbers_C: Tensor, d_sae: int) -> _Builder:
         """Begin, or take up what a stopped build of the same left."""
-        builder = cls(path, config, contexts, d_sae, max(1, CHUNK_TOKENS // contexts.context_size))
+        builder = cls(path, config, corpus, numbers_C, d_sae, max(1, CHUNK_TOKENS // corpus.context_size))
         if not (path / MANIFEST).exists():
             builder.clear()
             return builder
         manifest = read_manifest(path, layout.FORMAT, layout.VERSION, layout.FIELDS)
-        expected = (config, len(contexts), builder.chunk_contexts)
+        expected = (config, len(numbers_C), builder.chunk_contexts)
         if (manifest["config"], manifest["num_contexts"], manifest["chunk_contexts"]) != expected:
             builder.clear()  # of something else, and unfinished: of no use to anyone
             return builder
@@ -173,19 +214,19 @@ class _Builder:
 
     @property
     def num_chunks(self) -> int:
-        return -(-len(self.contexts) // self.chunk_contexts)
+        return -(-len(self.numbers_C) // self.chunk_contexts)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that were encoded: all but the first of each context."""
-        return len(self.contexts) * (self.contexts.context_size - 1)
+        return len(self.numbers_C) * (self.corpus.context_size - 1)
 
     def enter(self, names: list[str], complete: bool = False) -> None:
         self.files |= {name: sha256(self.path / name) for name in names}
         content = {
             "complete": complete,
             "config": self.config,
-            "num_contexts": len(self.contexts),
+            "num_contexts": len(self.numbers_C),
             "num_tokens": self.num_tokens,
             "num_entries": self.num_entries,
             "d_sae": self.d_sae,
@@ -199,14 +240,14 @@ class _Builder:
 
     # --- codes, chunk by chunk ---
 
-    def encode(self, dictionary: Dictionary, source: Source, numbers_C: Tensor) -> None:
+    def encode(self, dictionary: Dictionary, source: Source) -> None:
         done = sum(layout.codes_name(i) in self.files for i in range(self.num_chunks))
-        size = self.contexts.context_size
+        size, numbers_C = self.corpus.context_size, self.numbers_C
         try:
             with (
                 ThreadPoolExecutor(1) as pool,  # a chunk is sorted, hashed and written while the next is encoded
                 progress(
-                    "encode", self.contexts.num_tokens, "tokens", min(done * self.chunk_contexts, len(numbers_C)) * size
+                    "encode", len(numbers_C) * size, "tokens", min(done * self.chunk_contexts, len(numbers_C)) * size
                 ) as report,
             ):
                 pending: Future | None = None
@@ -224,7 +265,7 @@ class _Builder:
         except _TooLarge as found:
             self.clear()
             self.value_scale = scale_for(found.largest)
-            self.encode(dictionary, source, numbers_C)
+            self.encode(dictionary, source)
 
     @torch.inference_mode()
     def _encode(self, dictionary: Dictionary, source: Source, contexts_C: Tensor) -> SparseCodes:
@@ -254,7 +295,7 @@ class _Builder:
         }
         codes = SparseCodes(latents_N, stored_N.float(), self.d_sae, starts)
         order_N, starts_F1 = latent_order(codes).by_latent  # type: ignore[misc]
-        first = number * self.chunk_contexts * self.contexts.context_size
+        first = number * self.chunk_contexts * self.corpus.context_size
         tokens_N = (codes.tokens + first).to(torch.int32)[order_N]
         write_tensors(self.path / layout.codes_name(number), {"latents": latents_N, "values": stored_N, "starts": starts})
         write_tensors(
@@ -266,54 +307,44 @@ class _Builder:
     # --- latents, range by range ---
 
     def sort(self, dictionary: Dictionary, lm: Any) -> None:
-        size = self.contexts.context_size
+        if layout.VOCABULARY in self.files:
+            return  # stopped while it took its place
+        size = self.corpus.context_size
         chunks = [map_chunk(self.path / layout.codes_name(i), i * self.chunk_contexts * size) for i in range(self.num_chunks)]
         runs = [_Run(**map_tensors(self.path / layout.run_name(i))) for i in range(self.num_chunks)]
-        counts_F = np.sum([np.diff(run.starts_F1) for run in runs], 0)
-        if not self.ranges:
-            self.ranges = ranges_of(counts_F)
-        done = sum(layout.latents_name(i) in self.files for i in range(len(self.ranges)))
-        ids_T = np.ascontiguousarray(self.contexts.ids_NS.flatten().numpy().astype(np.int32))
-        vocabulary = int(ids_T.max()) + 1
-        written, read = Neighbours(dictionary.directions), Neighbours(encoder_rows(dictionary))
-        effects = LogitEffects(dictionary, lm)
+        counts_F = np.zeros(self.d_sae, np.int64)
+        for run in runs:
+            counts_F += np.diff(run.starts_F1)
+        self.ranges = self.ranges or ranges_of(counts_F)
+        done = sum(layout.details_name(i) in self.files for i in range(len(self.ranges)))
+        ids_T = map_ids(self.path / layout.IDS, self.corpus, self.numbers_C)
+        whole = _Whole(chunks, counts_F, ids_T, int(ids_T.max()) + 1, _Weights.of(dictionary, lm))
         with progress("sort", self.d_sae, "latents", sum(last - first for first, last in self.ranges[:done])) as report:
             for number in range(done, len(self.ranges)):
                 first, last = self.ranges[number]
-                starts, tokens_N, values_N = merge_runs(runs, first, last)
-                write_postings(self.path / layout.postings_name(number), first, starts, tokens_N, values_N)
-                found = moments(starts, tokens_N, values_N, size, layout.BINS, layout.POSITION_BINS)
-                on_tokens = top_tokens(starts, tokens_N, values_N, ids_T, vocabulary, layout.TOP_TOKENS)
-                together = coactivation(starts, tokens_N, chunks, counts_F, self.num_tokens, first, layout.COACTIVE)
-                write_latents(
-                    self.path / layout.latents_name(number),
-                    first,
-                    starts,
-                    found,
-                    on_tokens,
-                    self.num_tokens,
-                    self.value_scale,
-                    number,
-                )
-                promoted, raised, suppressed, lowered = effects.of(first, last, layout.LOGITS)
-                write_details(self.path / layout.details_name(number), first, found, on_tokens, together, self.value_scale, {
-                    "neighbours": Listed(*written.of(first, last, layout.NEIGHBOURS), name="cosine"),
-                    "read_neighbours": Listed(*read.of(first, last, layout.NEIGHBOURS), name="cosine"),
-                    "promoted": Listed(promoted, raised, name="logit"),
-                    "suppressed": Listed(suppressed, lowered, name="logit"),
-                })  # fmt: skip
-                self.enter([layout.postings_name(number), layout.latents_name(number), layout.details_name(number)])
+                self._write_range(number, merge_runs(runs, first, last), whole)
                 report(last - first)
-        names = write_corpus(self.path, self.contexts, None if lm is None else lm.token_strings)
+        names = write_corpus(self.path, self.corpus, self.numbers_C, None if lm is None else lm.token_strings)
         self.enter(names)
+
+    def _write_range(self, number: int, postings: Postings, whole: _Whole) -> None:
+        (first, last), names = self.ranges[number], (layout.postings_name(number), layout.latents_name(number))
+        size, scale = self.corpus.context_size, self.value_scale
+        write_postings(self.path / names[0], first, *postings)
+        found = moments(*postings, size, layout.BINS, layout.POSITION_BINS)
+        on_tokens = top_tokens(*postings, whole.ids_T, whole.vocabulary, layout.TOP_TOKENS)
+        together = coactivation(*postings[:2], whole.chunks, whole.counts_F, self.num_tokens, first, layout.COACTIVE)
+        write_latents(self.path / names[1], first, postings[0], found, on_tokens, self.num_tokens, scale, number)
+        details = layout.details_name(number)
+        write_details(self.path / details, first, found, on_tokens, together, scale, whole.weights.listed(first, last))
+        self.enter([*names, details])
 
     def finish(self, out: Path) -> FeatureStore:
         """Put the store in its place."""
-        runs = [name for name in self.files if name.startswith(".run-")]
-        self.files = {name: value for name, value in self.files.items() if name not in runs}
+        self.files = {name: value for name, value in self.files.items() if not fnmatch(name, layout.RUNS)}
         self.enter([], complete=True)
-        for name in runs:
-            (self.path / name).unlink()
+        for path in [*self.path.glob(layout.RUNS), self.path / layout.IDS]:
+            path.unlink(missing_ok=True)
         replaced = out.with_name(f".{out.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():

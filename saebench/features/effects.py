@@ -13,6 +13,7 @@ from torch import Tensor
 from saebench.dictionaries import Dictionary
 from saebench.dictionaries.attention_output import SITE as ATTENTION_OUTPUT
 from saebench.kernels import encode_topk
+from saebench.kernels.nearest_rows import nearest_rows
 from saebench.lm.unembedding import writes_residual
 
 EMPTY = -1
@@ -21,7 +22,7 @@ EMPTY = -1
 def largest(rows_MD: Tensor, W_FD: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """For each row the `count` rows of W with the largest positive product: indices [M, K] int64, -1 where there are fewer, and
     the products."""
-    codes = encode_topk(rows_MD, W_FD, torch.zeros(len(W_FD)), None, min(count, len(W_FD)))
+    codes = encode_topk(rows_MD, W_FD, torch.zeros(len(W_FD), device=W_FD.device), None, min(count, len(W_FD)))
     order = codes.values.sort(dim=1, descending=True, stable=True)
     indices = codes.indices.long().gather(1, order.indices)
     return indices.masked_fill(order.values <= 0, EMPTY), order.values
@@ -33,17 +34,13 @@ class Neighbours:
     def __init__(self, rows_FD: Tensor | None):
         self.unit_FD = None if rows_FD is None else torch.nn.functional.normalize(rows_FD.float(), dim=1)
 
-    def of(self, first: int, last: int, count: int) -> tuple[Tensor, Tensor]:
-        """The nearest others of latents first to last: numbers [M, K], -1 where fewer have a positive cosine, and cosines."""
+    def nearest(self, count: int) -> tuple[Tensor, Tensor] | None:
+        """The nearest others of every latent: numbers [F, K], -1 where fewer have a positive cosine, and cosines. None where there are no
+        rows."""
         if self.unit_FD is None:
-            return torch.full((last - first, 0), EMPTY), torch.zeros(last - first, 0)
-        indices, cosines = largest(self.unit_FD[first:last], self.unit_FD, count + 1)
-        own = indices == torch.arange(first, last)[:, None]
-        cosines = cosines.masked_fill(own | (indices == EMPTY), -torch.inf)
-        order = cosines.sort(dim=1, descending=True, stable=True)
-        indices = indices.gather(1, order.indices)[:, :count]
-        cosines = order.values[:, :count]
-        return indices.masked_fill(cosines == -torch.inf, EMPTY), cosines.clamp(0, 1)
+            return None
+        indices_FK, cosines_FK = nearest_rows(self.unit_FD, count)
+        return indices_FK, cosines_FK.clamp(0, 1)
 
 
 def encoder_rows(dictionary: Dictionary) -> Tensor | None:

@@ -14,8 +14,10 @@ FIELDS = {
     "rounding", "sizes",
 }  # fmt: skip
 
+IDS, RUNS = ".ids", ".run-*"  # token ids of the corpus and entries by latent, which exist only while a store is built
 TOKENS, DOCUMENTS, VOCABULARY = "tokens.parquet", "documents.parquet", "vocabulary.parquet"
 POSTINGS_GROUP = 1 << 18  # rows of a row group of postings: what is read to find one latent's
+TOKENS_GROUP = 1 << 18  # tokens of a row group, about: whole contexts
 DETAILS_GROUP = 512  # latents of a row group of details
 
 BINS = 50  # of the histogram of a latent's values

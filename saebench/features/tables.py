@@ -5,7 +5,7 @@ Shape suffixes: `N` entries, `M` latents of a range, `K` listed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from saebench.features import layout
 from saebench.files import replacing
@@ -42,11 +43,29 @@ def write_table(path: Path, columns: Mapping[str, Any], group: int | None = None
         )
 
 
+def write_groups(
+    path: Path, rows: int, size: int, group: Callable[[int, int], Mapping[str, Any]], dictionary: Sequence[str] = ()
+) -> None:
+    """As `write_table`, made and written a row group at a time: `group` gives the columns of rows begin to end."""
+    with replacing(path) as temporary:
+        part = pa.table(dict(group(0, min(size, rows))))
+        with pq.ParquetWriter(
+            temporary, part.schema, compression="none", use_dictionary=list(dictionary), write_statistics=True
+        ) as writer:
+            writer.write_table(part, size)
+            for begin in range(size, rows, size):
+                writer.write_table(pa.table(dict(group(begin, min(begin + size, rows)))), size)
+
+
 def write_postings(path: Path, first: int, starts: np.ndarray, tokens_N: np.ndarray, values_N: np.ndarray) -> None:
     """Entries by latent, then by token: the store's largest table."""
-    latents_N = np.repeat(np.arange(first, first + len(starts) - 1, dtype=np.int32), np.diff(starts))
-    columns = {"latent": latents_N, "token": tokens_N, "value": values_N}
-    write_table(path, columns, layout.POSTINGS_GROUP, dictionary=["latent"])
+
+    def group(begin: int, end: int) -> dict[str, np.ndarray]:
+        numbers = np.arange(first, first + len(starts) - 1, dtype=np.int32)
+        latents_N = np.repeat(numbers, np.diff(starts.clip(begin, end)))
+        return {"latent": latents_N, "token": tokens_N[begin:end], "value": values_N[begin:end]}
+
+    write_groups(path, len(tokens_N), layout.POSTINGS_GROUP, group, dictionary=["latent"])
 
 
 def write_latents(
@@ -114,21 +133,40 @@ def _lists(rows_MK: np.ndarray, kept_MK: np.ndarray | None = None) -> pa.ListArr
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(rows_MK[kept_MK])))
 
 
-def write_corpus(path: Path, contexts: Contexts, token_strings: Sequence[str] | None) -> list[str]:
-    """Tokens once, documents and vocabulary; returns the names of the files."""
-    ids_T = contexts.ids_NS.flatten().numpy().astype(np.int32)
-    documents_T = contexts.documents_NS.flatten().numpy().astype(np.int32)
-    columns = {"id": ids_T, "document": documents_T, "position": contexts.positions_NS.flatten().numpy().astype(np.int32)}
-    write_table(path / layout.TOKENS, columns)
-    counts = np.bincount(documents_T[documents_T >= 0], minlength=len(contexts.names))
-    first = np.full(len(contexts.names), -1, dtype=np.int64)
-    places = np.flatnonzero(documents_T >= 0)[::-1]
-    first[documents_T[places]] = places
+def write_corpus(path: Path, contexts: Contexts, numbers_C: Tensor, token_strings: Sequence[str] | None) -> list[str]:
+    """The tokens of some contexts, once, their documents and vocabulary; returns the names of the files. Memory is that of the documents
+    and the vocabulary, however many tokens there are."""
+    size = contexts.context_size
+    counts, first = np.zeros(len(contexts.names), np.int64), np.full(len(contexts.names), -1, np.int64)
+    uses = np.zeros(len(token_strings or ()), np.int64)
+
+    def group(begin: int, end: int) -> dict[str, np.ndarray]:
+        nonlocal uses
+        part = contexts[numbers_C[begin // size : end // size]]
+        ids_T, documents_T, positions_T = (
+            rows_CS.flatten().numpy().astype(np.int32) for rows_CS in (part.ids_NS, part.documents_NS, part.positions_NS)
+        )
+        inside_T = np.flatnonzero(documents_T >= 0)
+        np.add(counts, np.bincount(documents_T[inside_T], minlength=len(counts)), out=counts)
+        found, places = np.unique(documents_T[inside_T], return_index=True)
+        first[found] = np.where(first[found] < 0, begin + inside_T[places], first[found])
+        more = np.bincount(ids_T, minlength=len(uses))
+        more[: len(uses)] += uses
+        uses = more
+        return {"id": ids_T, "document": documents_T, "position": positions_T}
+
+    write_groups(path / layout.TOKENS, len(numbers_C) * size, max(1, layout.TOKENS_GROUP // size) * size, group)
     write_table(path / layout.DOCUMENTS, {"name": contexts.names, "first_token": first, "tokens": counts})
-    size = max(int(ids_T.max()) + 1, len(token_strings or ()))
-    strings = [*(token_strings or ())] + [f"<{i}>" for i in range(len(token_strings or ()), size)]
-    write_table(
-        path / layout.VOCABULARY,
-        {"id": np.arange(size, dtype=np.int32), "text": strings, "count": np.bincount(ids_T, minlength=size)},
-    )
+    strings = [*(token_strings or ())] + [f"<{i}>" for i in range(len(token_strings or ()), len(uses))]
+    write_table(path / layout.VOCABULARY, {"id": np.arange(len(uses), dtype=np.int32), "text": strings, "count": uses})
     return [layout.TOKENS, layout.DOCUMENTS, layout.VOCABULARY]
+
+
+def map_ids(path: Path, contexts: Contexts, numbers_C: Tensor) -> np.ndarray:
+    """The ids of the tokens of some contexts, one after the other, in a new mapped file: [T] int32."""
+    ids_CS = np.memmap(path, dtype=np.int32, mode="w+", shape=(len(numbers_C), contexts.context_size))
+    start = 0
+    for part_C in numbers_C.split(max(1, layout.TOKENS_GROUP // contexts.context_size)):
+        ids_CS[start : start + len(part_C)] = contexts.ids_NS[part_C].numpy()
+        start += len(part_C)
+    return np.asarray(ids_CS).reshape(-1)

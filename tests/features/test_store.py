@@ -218,6 +218,16 @@ def test_a_build_stopped_anywhere_ends_with_the_same_bytes(topk, stream, tiny_lm
     assert not list(tmp_path.glob(".stopped*"))
 
 
+def test_a_build_stopped_while_it_takes_its_place_is_finished(topk, stream, tiny_lm, tmp_path, monkeypatch):
+    whole = files_of(index(topk, stream, tmp_path / "whole", lm=tiny_lm).path)
+    with monkeypatch.context() as patch:
+        patch.setattr(building.Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            index(topk, stream, tmp_path / "stopped", lm=tiny_lm)
+    assert not list((tmp_path / ".stopped.building").glob(".run-*"))
+    assert files_of(index(topk, stream, tmp_path / "stopped", lm=tiny_lm).path) == whole
+
+
 def test_what_an_unfinished_build_of_another_dictionary_left_is_thrown_away(
     topk, dictionaries, stream, tiny_lm, tmp_path, monkeypatch
 ):

@@ -3,16 +3,17 @@
     edge       (factor - 1) times the edge, the direct path alone
     total      along all paths of the graph: every feature on the way passes on what it gets, in proportion
     held       measured in the linear model, other features, norms and attention held: what an edge claims
-    measured   in the model itself, everything else free to respond: norms, attention, other features coming and going
+    frozen     measured in the model itself with attention patterns and the scales of norms held: its MLPs respond
+    measured   in the model itself with attention patterns held, those of Lorsa too, and all else free to respond: what a graph is held to
+    free       in the model itself, nothing held
 
-In the model a feature is scaled by the edits of `saebench.steering`, an error or a token by as much of it added or taken at its place.
+In the model what a feature, error or token writes is added to, or taken from, what stands at its place (holding.py).
 Shape suffixes: `N` nodes, `S` positions, `D` width, `X` interventions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,14 +22,16 @@ import torch
 from torch import Tensor
 
 from saebench.circuits.graphs.graph import KINDS, Graph
+from saebench.circuits.graphs.holding import Held, holding, same_prompt
 from saebench.circuits.graphs.parts import Part, Place
 from saebench.circuits.graphs.replacement import Dictionaries, LocalModel, Streams
 from saebench.circuits.graphs.targets import FINAL
 from saebench.errors import UserError
 from saebench.features.building import fingerprint
 from saebench.lm import LanguageModel
-from saebench.steering.edits import scale
-from saebench.steering.hooks import steer
+
+TOKENS = 2048  # of one pass, over its interventions
+MEASURES: dict[str, Held] = {"frozen": "all", "measured": "patterns", "free": "free"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Intervention:
     edge_N: np.ndarray
     total_N: np.ndarray
     held_N: np.ndarray
+    frozen_N: np.ndarray
     measured_N: np.ndarray
+    free_N: np.ndarray
 
 
 def at_hand(lm: LanguageModel, dictionaries: Dictionaries, graph: Graph, model: LocalModel | None = None) -> LocalModel:
@@ -86,20 +91,33 @@ class Interventions:
         self._readers = self._read_by()
         streams = model.run()
         self._held = self._values(streams.before, streams.after)
-        self._free = self._measure()
+        self._clean = {name: self._measure([], held)[0] for name, held in MEASURES.items()}
 
     def of(self, node: int, factor: float) -> Intervention:
-        self.check(node)
-        delta = factor - 1.0
-        edge_N = np.zeros(len(self.graph))
-        column = self.graph.matrix()[:, [node]].tocoo()
-        edge_N[column.row] = delta * column.data
-        total_N = total_effects(self.graph, np.array([node]))[:, 0] * delta
-        streams = self._linear(node, factor)
-        held_N = self._values(streams.before, streams.after) - self._held
-        with self._changed(node, delta):
-            measured_N = self._measure() - self._free
-        return Intervention(node, factor, edge_N, total_N, held_N, measured_N)
+        return self.many([node], factor)[0]
+
+    def many(self, nodes: Sequence[int], factor: float) -> list[Intervention]:
+        """Each by itself; many in one pass of the model. Raises UserError for a node that cannot be changed."""
+        for node in nodes:
+            self.check(node)
+        done: list[Intervention] = []
+        rows = max(1, TOKENS // self.model.size)
+        for start in range(0, len(nodes), rows):
+            done += self._together(nodes[start : start + rows], factor)
+        return done
+
+    def _together(self, nodes: Sequence[int], factor: float) -> list[Intervention]:
+        delta, chosen_X = factor - 1.0, np.array(nodes)
+        edge_NX = self.graph.matrix()[:, chosen_X].toarray() * delta
+        total_NX = total_effects(self.graph, chosen_X) * delta
+        found = {name: self._measure([(n, delta) for n in nodes], held) - self._clean[name] for name, held in MEASURES.items()}
+        done = []
+        for x, node in enumerate(nodes):
+            streams = self._linear(node, factor)
+            held_N = self._values(streams.before, streams.after) - self._held
+            measured = {f"{name}_N": changed_XN[x] for name, changed_XN in found.items()}
+            done.append(Intervention(node, factor, edge_NX[:, x], total_NX[:, x], held_N, **measured))
+        return done
 
     def check(self, node: int) -> None:
         """Raises UserError for a node that cannot be changed."""
@@ -145,25 +163,16 @@ class Interventions:
     def _error(self, site: str) -> Tensor:
         return next(written.error_SD for written in self.model.replaced() if written.place.site == site)
 
-    @contextmanager
-    def _changed(self, node: int, delta: float) -> Iterator[None]:
-        """The model with one node multiplied by 1 + delta, while the block runs."""
+    def _writes(self, node: int) -> list[tuple[str, Tensor]]:
+        """What a node writes at its position, by site: [D] each."""
         described, model = self.graph.node(node), self.model
-        position = described.position
-        if described.kind == "feature":
-            dictionary = model.dictionaries[described.dictionary]
-            with steer(model.lm, scale(dictionary, described.latent, 1.0 + delta, positions=f"{position}-{position + 1}")):
-                yield
-            return
-        added_D = delta * (model.stream[0] if described.kind == "token" else self._error(described.site))[position]
-
-        def add(x_BSD: Tensor) -> Tensor:
-            x_BSD = x_BSD.clone()
-            x_BSD[:, position] += added_D.to(x_BSD.dtype)
-            return x_BSD
-
-        with model.lm.edit({described.site: add}):
-            yield
+        if described.kind == "token":
+            return [(described.site, model.stream[0][described.position])]
+        if described.kind == "error":
+            return [(described.site, self._error(described.site)[described.position])]
+        number, latent = self._part(node)
+        latent_M = torch.tensor([latent], device=model.lm.device)
+        return [(write.place.site, described.activation * write.rows(latent_M)[0]) for write in model.parts[number].writes]
 
     # --- values ---
 
@@ -200,14 +209,24 @@ class Interventions:
             values_N[mine] = self._value(part, x_SD, positions_M, latents, held=True)
         return values_N
 
-    def _measure(self) -> np.ndarray:
-        """Of all nodes in the model itself, as it runs now."""
+    def _measure(self, changes: Sequence[tuple[int, float]], held: Held) -> np.ndarray:
+        """Of all nodes in the model itself, some of it held and in each row a node changed by a share of it: [X, N]; as it is, in one row,
+        without any."""
+        model, count = self.model, max(1, len(changes))
+        added: dict[str, Tensor] = {}
+        for row, (node, delta) in enumerate(changes):
+            for site, written_D in self._writes(node):
+                if site not in added:
+                    added[site] = written_D.new_zeros(count, model.size, len(written_D))
+                added[site][row, int(self.graph.nodes.position_N[node])] += delta * written_D
         sites = list(dict.fromkeys(place.site for _, place, *_ in self._readers))
-        seen = self.model.lm.read(torch.tensor([self.model.ids]), sites)
-        values_N = np.zeros(len(self.graph))
+        with holding(model, held, added):
+            seen = model.lm.read(same_prompt(model, count), sites)
+        values_XN = np.zeros((count, len(self.graph)))
         for part, place, mine, positions_M, latents in self._readers:
-            values_N[mine] = self._value(part, seen[place.site][0].float(), positions_M, latents, held=False)
-        return values_N
+            for row, x_SD in enumerate(seen[place.site].float()):
+                values_XN[row, mine] = self._value(part, x_SD, positions_M, latents, held=held != "free")
+        return values_XN
 
     @staticmethod
     def _value(part: Part | None, x_SD: Tensor, positions_M: Tensor, latents: Tensor, *, held: bool) -> np.ndarray:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 
 from saebench.circuits.graphs.assembling import Kept, assemble
@@ -27,6 +26,7 @@ CHUNK = 64  # targets of one pass backwards
 CHUNKS = 4  # between two estimates of influence
 MAX_FEATURES = 4096
 KEEP = 512
+BLOCK = 1 << 18  # edges
 CHUNK_BYTES = 192 << 20  # of what targets depend on at all positions
 
 
@@ -81,7 +81,8 @@ class _Tracing:
                 for chunk in self._chunks(best):
                     self._features(chunk)
                 report(len(best))
-        settings = {"max_features": self.max_features, "keep": self.keep}
+        held = sum(len(sources) for sources in self.kept.sources)  # those from features that became no nodes too
+        settings = {"max_features": self.max_features, "keep": self.keep, "edges_held": held}
         return assemble(self.model, self.sources, self.targets, self.kept, self.row_of_N, np.array(self.values), settings)
 
     # --- rows ---
@@ -143,20 +144,28 @@ class _Tracing:
 
     def _most_influential(self, count: int) -> np.ndarray:
         """The features without a row through which most of the targets comes, as far as it is known."""
-        kept, latents = self.kept, self.sources.latents
-        offsets_R = np.concatenate([[0], np.cumsum([len(s) for s in kept.sources])])
-        sizes_R = np.repeat(np.maximum(kept.size, 1e-300), np.diff(offsets_R))
-        shares_E = np.abs(np.concatenate(kept.weights)) / sizes_R
-        B = sp.csr_array((shares_E, np.concatenate(kept.sources), offsets_R), shape=(len(kept.sources), self.sources.count))
-        back = sp.csr_array(B.T)
-        wave_R = np.zeros(len(kept.sources))
+        latents, rows = self.sources.latents, len(self.values)
+        wave_R = np.zeros(rows)
         wave_R[: len(self.targets)] = [row.weight for row in self.targets]
         total_N = np.zeros(self.sources.count)
         known_N = np.flatnonzero(self.row_of_N >= 0)
         while wave_R.any():
-            wave_N = back @ wave_R
+            wave_N = self._back(wave_R)
             total_N += wave_N
-            wave_R = np.zeros(len(kept.sources))
+            wave_R = np.zeros(rows)
             wave_R[self.row_of_N[known_N]] = wave_N[known_N]
         free_N = np.flatnonzero((self.row_of_N[:latents] < 0) & (total_N[:latents] > 0))
         return free_N[np.argsort(-total_N[free_N], kind="stable")[:count]]
+
+    def _back(self, wave_R: np.ndarray) -> np.ndarray:
+        """From rows to their sources, by the shares of edges: [N]. In blocks of rows, so that edges are never held a second time."""
+        kept, wave_N = self.kept, np.zeros(self.sources.count)
+        rows = np.flatnonzero(wave_R)
+        counts = np.array([len(kept.sources[row]) for row in rows])
+        for block in np.split(rows, np.flatnonzero(np.diff(np.cumsum(counts) // BLOCK)) + 1):
+            sources_E = np.concatenate([kept.sources[row] for row in block])
+            each_R = wave_R[block] / np.maximum([kept.size[row] for row in block], 1e-300)
+            shares_E = np.abs(np.concatenate([kept.weights[row] for row in block]), dtype=np.float64)
+            shares_E *= np.repeat(each_R, [len(kept.sources[row]) for row in block])
+            wave_N += np.bincount(sources_E, shares_E, minlength=len(wave_N))
+        return wave_N

@@ -1,9 +1,11 @@
 """Whether what a graph says holds: its strongest edges and nodes, each taken out, predicted against measured.
 
 For every edge checked: what the graph predicts for the target when the source is multiplied by 1 + delta, along the edge alone and along
-all paths; what the linear model says with everything else held, which must equal the edge; and what the model itself does, everything
-free to respond (interventions.py). Two figures compare prediction with the model: Spearman's rank correlation, and the calibration, the
-slope of measured on predicted through the origin, which is 1 where sizes are right too.
+all paths; what the linear model says with everything else held, which must equal the edge; and what the model itself does
+(interventions.py): `measured` with its attention patterns held, which graphs take as given and published interventions hold too; `frozen`
+with the scales of norms held as well; `free` with nothing held. Two figures compare prediction with `measured`: Spearman's rank
+correlation, and the calibration, the slope of measured on predicted through the origin, which is 1 where sizes are right too. Where
+`frozen` agrees much better than `measured`, norms are what the graph leaves out; where `measured` is much better than `free`, attention is.
 Shape suffixes: `N` nodes, `E` edges.
 """
 
@@ -38,7 +40,9 @@ class EdgeCheck:
     predicted_edge: float
     predicted_total: float
     held: float
+    frozen: float
     measured: float
+    free: float
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class NodeCheck:
     node: int
     kind: str
     predicted_total: float
+    frozen: float
     measured: float
+    free: float
 
 
 @dataclass(frozen=True)
@@ -79,18 +85,24 @@ class Verification:
     edges: list[EdgeCheck] = field(repr=False)
     nodes: list[NodeCheck] = field(repr=False)
     edge: Agreement
-    """Direct edges against the model itself."""
+    """Direct edges against the model itself, attention patterns held."""
     total: Agreement
-    """Effects along all paths of the graph against the model itself."""
+    """Effects along all paths of the graph against the model itself, attention patterns held."""
     node: Agreement
     by_kind: dict[str, Agreement]
     """`total` by source and target, such as `feature>logit`."""
     held_error: float
     """The largest difference between an edge and the linear model, as a share of the largest edge: what the arithmetic misses."""
+    frozen: Agreement
+    """`total` with the scales of norms held too."""
+    free: Agreement
+    """`total` with nothing held."""
+    frozen_by_kind: dict[str, Agreement]
+    free_by_kind: dict[str, Agreement]
 
     @property
     def spearman(self) -> float:
-        """The figure that is shown by default: effects along all paths of the graph against the model itself."""
+        """The figure that is shown by default: effects along all paths of the graph against the model itself, attention patterns held."""
         return self.total.spearman
 
     def as_dict(self) -> dict[str, Any]:
@@ -121,40 +133,51 @@ def verify(
         raise UserError("the graph has no edge from a node that can be changed: trace with more features, or prune less")
     order_N = np.argsort(-influence(graph) * can_N, kind="stable")
     chosen_N = order_N[can_N[order_N]][:top]
-    done: dict[int, Intervention] = {
-        int(node): runs.of(int(node), 1.0 + delta)
-        for node in dict.fromkeys([*graph.sources_E[chosen_E].tolist(), *chosen_N.tolist()])
-    }
+    changed = list(dict.fromkeys([*graph.sources_E[chosen_E].tolist(), *chosen_N.tolist()]))
+    done: dict[int, Intervention] = dict(zip(changed, runs.many(changed, 1.0 + delta), strict=True))
     kind = lambda number: graph.node(number).kind  # noqa: E731
     edges = []
     for e in chosen_E.tolist():
         source, target = int(graph.sources_E[e]), int(rows_E[e])
         run = done[source]
-        figures = (float(column[target]) for column in (run.edge_N, run.total_N, run.held_N, run.measured_N))
-        edges.append(EdgeCheck(source, target, kind(source), kind(target), *figures))
+        columns = (run.edge_N, run.total_N, run.held_N, run.frozen_N, run.measured_N, run.free_N)
+        edges.append(EdgeCheck(source, target, kind(source), kind(target), *(float(column[target]) for column in columns)))
     weight_N = graph.nodes.weight_N
-    nodes = [
-        NodeCheck(n, kind(n), float(done[n].total_N @ weight_N), float(done[n].measured_N @ weight_N)) for n in chosen_N.tolist()
-    ]
+    nodes = []
+    for n in chosen_N.tolist():
+        effects = (done[n].total_N, done[n].frozen_N, done[n].measured_N, done[n].free_N)
+        nodes.append(NodeCheck(n, kind(n), *(float(effect_N @ weight_N) for effect_N in effects)))
     found = _summary(delta, edges, nodes)
     graph.extra["verification"] = found.as_dict()
     return found
 
 
 def _summary(delta: float, edges: list[EdgeCheck], nodes: list[NodeCheck]) -> Verification:
-    measured = [edge.measured for edge in edges]
     groups: dict[str, list[EdgeCheck]] = {}
     for edge in edges:
         groups.setdefault(f"{edge.source_kind}>{edge.target_kind}", []).append(edge)
     largest = max(abs(edge.predicted_edge) for edge in edges)
+
+    def agreement(some: list[EdgeCheck], measure: str = "measured") -> Agreement:
+        return Agreement.of([edge.predicted_total for edge in some], [getattr(edge, measure) for edge in some])
+
+    def by_kind(measure: str) -> dict[str, Agreement]:
+        return {name: agreement(group, measure) for name, group in sorted(groups.items())}
+
     return Verification(
-        delta, edges, nodes,
-        Agreement.of([edge.predicted_edge for edge in edges], measured),
-        Agreement.of([edge.predicted_total for edge in edges], measured),
-        Agreement.of([node.predicted_total for node in nodes], [node.measured for node in nodes]),
-        {name: Agreement.of([e.predicted_total for e in group], [e.measured for e in group]) for name, group in sorted(groups.items())},
-        max(abs(edge.held - edge.predicted_edge) for edge in edges) / largest if largest else 0.0,
-    )  # fmt: skip
+        delta=delta,
+        edges=edges,
+        nodes=nodes,
+        edge=Agreement.of([edge.predicted_edge for edge in edges], [edge.measured for edge in edges]),
+        total=agreement(edges),
+        node=Agreement.of([node.predicted_total for node in nodes], [node.measured for node in nodes]),
+        by_kind=by_kind("measured"),
+        held_error=max(abs(edge.held - edge.predicted_edge) for edge in edges) / largest if largest else 0.0,
+        frozen=agreement(edges, "frozen"),
+        free=agreement(edges, "free"),
+        frozen_by_kind=by_kind("frozen"),
+        free_by_kind=by_kind("free"),
+    )
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

@@ -1,11 +1,13 @@
 """A person's bookmarks, own labels and notes on latents, kept beside the store in `ID.notes.json`.
 
 Two browsers may write at once: each change takes a lock, reads the file again, changes the one latent and writes the whole file in one
-step. A file that cannot be read is named and left as it is. The format is in docs/formats.md.
+step. A file that cannot be read is named and left as it is; lists of many latents go on without it, after one line that says so, and
+without what is kept of latents that the store does not have. The format is in docs/formats.md.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,9 +17,12 @@ from saebench.errors import UserError
 from saebench.features.labelling.label import NOTES, beside
 from saebench.features.store import FeatureStore
 from saebench.files import locked, read_json, write_json
+from saebench.progress import say
 
 FORMAT, VERSION = "saebench-notes", 1
 LONGEST_LABEL, LONGEST_NOTE = 300, 20_000
+DIGITS = 18  # of the number of a latent
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character, which no table can hold
 
 
 @dataclass(frozen=True)
@@ -38,35 +43,55 @@ class Notes:
         self.path, self.latents = path, latents
         self._state: tuple[int, int] | None = None
         self._notes: dict[int, Note] = {}
+        self._told = ""
 
     @classmethod
     def open(cls, store: FeatureStore) -> Notes:
-        """The notes beside a store; none where there is no file yet. Raises UserError naming a damaged file."""
-        notes = cls(beside(store.path, NOTES), store.d_sae)
-        notes.all()
-        return notes
+        """The notes beside a store; none where there is no file yet."""
+        return cls(beside(store.path, NOTES), store.d_sae)
 
     def of(self, latent: int) -> Note:
-        """What is kept of a latent; an empty note for nothing."""
+        """What is kept of a latent; an empty note for nothing. Raises UserError naming a damaged file."""
         return self.all().get(latent, Note())
 
     def all(self) -> dict[int, Note]:
-        """All notes by latent. Raises UserError naming a damaged file."""
+        """All notes by latent, of those that the store has. Raises UserError naming a damaged file."""
         try:
             stat = self.path.stat()
         except FileNotFoundError:
             return {}
         if self._state != (stat.st_mtime_ns, stat.st_ino):  # every change makes a new file
-            self._notes, self._state = _parsed(self.path), (stat.st_mtime_ns, stat.st_ino)
+            self._notes, self._state = self._read(), (stat.st_mtime_ns, stat.st_ino)
         return self._notes
 
+    def _read(self) -> dict[int, Note]:
+        notes = _parsed(self.path)
+        known = {latent: note for latent, note in notes.items() if latent < self.latents}
+        if len(known) < len(notes):
+            self._tell(
+                f"{self.path} has notes on latents from {self.latents} on, which the store does not have: they are ignored"
+            )
+        return known
+
+    def _listed(self) -> dict[int, Note]:
+        try:
+            return self.all()
+        except UserError as error:
+            self._tell(f"{error}; its notes are ignored")
+            return {}
+
+    def _tell(self, line: str) -> None:
+        if line != self._told:
+            self._told = line
+            say(line)
+
     def bookmarks(self) -> list[int]:
-        """The bookmarked latents, ascending."""
-        return sorted(latent for latent, note in self.all().items() if note.bookmark)
+        """The bookmarked latents, ascending; none where the file is damaged, which one line says."""
+        return sorted(latent for latent, note in self._listed().items() if note.bookmark)
 
     def labels(self) -> dict[int, str]:
-        """A person's own labels by latent."""
-        return {latent: note.label for latent, note in self.all().items() if note.label}
+        """A person's own labels by latent; none where the file is damaged, which one line says."""
+        return {latent: note.label for latent, note in self._listed().items() if note.label}
 
     def change(self, latent: int, *, bookmark: bool | None = None, label: str | None = None, note: str | None = None) -> Note:
         """Set what is given and leave the rest, whatever others wrote meanwhile; what is empty altogether is removed.
@@ -101,7 +126,10 @@ class Notes:
 
 def _parsed(path: Path) -> dict[int, Note]:
     """The notes of a file. Raises UserError naming a damaged one."""
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except (OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is not a file of format {FORMAT}: move it away to begin anew")
     if content.get("version") != VERSION:
@@ -109,7 +137,11 @@ def _parsed(path: Path) -> dict[int, Note]:
     kinds = {field.name: bool if field.name == "bookmark" else str for field in fields(Note)}
     latents = content.get("latents")
     whole = isinstance(latents, dict) and all(
-        number.isdecimal() and isinstance(note, dict) and {name: type(value) for name, value in note.items()} == kinds
+        number.isdecimal()
+        and len(number) <= DIGITS
+        and isinstance(note, dict)
+        and {name: type(value) for name, value in note.items()} == kinds
+        and not any(SURROGATE.search(text) for text in note.values() if isinstance(text, str))
         for number, note in latents.items()
     )
     if not isinstance(latents, dict) or not whole:

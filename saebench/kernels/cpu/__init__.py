@@ -36,6 +36,7 @@ def library() -> ctypes.CDLL:
     """The compiled kernels. Raises BuildError."""
     found = load()
     found.saebench_topk.restype = ctypes.c_int64
+    found.saebench_nearest.restype = ctypes.c_int64
     found.saebench_above.restype = ctypes.c_void_p
     for name in ("saebench_latents", "saebench_gradient_bound"):
         getattr(found, name).restype = ctypes.c_double
@@ -102,6 +103,29 @@ def above(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, thres
         _at(values_N),
     )
     return offsets_B, indices_N, values_N
+
+
+def nearest(rows_FD: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row the k largest products with all, itself among them: indices [F, k] int64, values, and the rows of which something may be
+    missing."""
+    (rows_FD,) = _ready(rows_FD.float())
+    num, width = rows_FD.shape
+    order_F, zeros_F = torch.randperm(num, generator=torch.Generator().manual_seed(0)).int(), torch.zeros(num)
+    mixed_FD = rows_FD[order_F.long()]  # rows of a block lie together
+    values_FK, indices_FK, again_F = torch.empty(num, k), torch.empty(num, k, dtype=torch.int32), torch.empty_like(order_F)
+    kind, computed = (num, width, True), ctypes.c_int64(0)
+    failed = library().saebench_nearest(
+        *map(_at, (mixed_FD, order_F, zeros_F)),
+        *map(ctypes.c_int64, (num, width, k)),
+        _screen(kind),
+        torch.get_num_threads(),
+        *map(_at, (values_FK, indices_FK, again_F)),
+        ctypes.byref(computed),
+    )
+    if failed < 0:
+        raise _not_finite(rows_FD)
+    _learn(kind, computed.value - 2 * k * num, num * num // 2)
+    return indices_FK.long(), values_FK, again_F[:failed].long()
 
 
 def decode(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor | None = None) -> Tensor:

@@ -47,8 +47,8 @@ struct Best {
         }
     }
     // The limit by what was found in this share of all latents.
-    void look_back(int64_t token, double share) {
-        const int64_t rank = safe_rank(k, share);
+    void look_back(int64_t token, double share) { look_back(token, safe_rank(k, share)); }
+    void look_back(int64_t token, int64_t rank) {
         if (sizes[token] < rank) return;
         Entry* found = entries.data() + token * room;
         std::nth_element(found, found + rank - 1, found + sizes[token], before);

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from mixes import MIXES, TEXT, make, topk, transcoder
+from mixes import MIXES, TEXT, lorsa, make, topk, transcoder
 from scipy.stats import spearmanr
 
 from saebench.circuits.graphs.interventions import intervene
@@ -10,6 +10,8 @@ from saebench.circuits.graphs.tracing import trace
 from saebench.circuits.graphs.verification import Agreement, spearman, verify
 from saebench.errors import UserError
 from saebench.lm import LanguageModel
+from saebench.steering.edits import scale
+from saebench.steering.hooks import steer
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -75,13 +77,14 @@ def test_on_a_linear_model_attribution_is_ablation(linear_lm, always_active):
     found = graph.verify(top=60)
     largest = max(abs(check.measured) for check in found.edges)
     for check in found.edges:
-        assert check.predicted_total == pytest.approx(check.measured, abs=1e-3 * largest)
+        for measured in (check.frozen, check.measured, check.free):
+            assert check.predicted_total == pytest.approx(measured, abs=1e-3 * largest)
     assert found.total.slope == pytest.approx(1, abs=1e-3) and found.node.slope == pytest.approx(1, abs=1e-3)
     assert found.spearman > 0.99
     for key in ("token/3", graph.id(5), graph.id(40)):
         run = graph.intervene(key, factor=-0.5)
-        assert np.abs(run.measured_N).max() > 1e-3
-        np.testing.assert_allclose(run.total_N, run.measured_N, atol=1e-3 * np.abs(run.measured_N).max())
+        assert np.abs(run.free_N).max() > 1e-3
+        np.testing.assert_allclose(run.total_N, run.free_N, atol=1e-3 * np.abs(run.free_N).max())
 
 
 def test_in_the_model_a_feature_is_scaled_by_steering(models, mixed):
@@ -103,12 +106,42 @@ def test_in_the_model_a_feature_is_scaled_by_steering(models, mixed):
         after = lm.logits(ids)[0, -1]
     moved = (after - after.mean()) - (before - before.mean())
     for target in graph.targets.tolist():
-        assert run.measured_N[target] == pytest.approx(
-            float(moved[graph.node(target).token]), abs=1e-3 * float(moved.abs().max())
-        )
+        assert run.free_N[target] == pytest.approx(float(moved[graph.node(target).token]), abs=1e-3 * float(moved.abs().max()))
     earlier = (graph.nodes.position_N < node.position) | (graph.nodes.dictionary_N == 0)
-    assert np.abs(run.measured_N[earlier & graph.is_kind("feature")]).max() < 1e-4
+    assert np.abs(run.free_N[earlier & graph.is_kind("feature")]).max() < 1e-4
     assert not lm.hf._forward_pre_hooks
+
+
+def test_what_is_held_is_reported_apart(models):
+    """The three measures differ, each kind of edges has its figure in each, and the one that is shown holds the patterns of attention."""
+    lm = models["gpt2"]
+    graph = trace(lm, make(lm, [transcoder(n) for n in range(3)] + [lorsa(n) for n in range(3)]), TEXT, keep=1.0, max_features=60)
+    found = graph.verify(top=30)
+    assert set(found.by_kind) == set(found.frozen_by_kind) == set(found.free_by_kind)
+    for name, whole in (("measured", found.total), ("frozen", found.frozen), ("free", found.free)):
+        figures = [getattr(edge, name) for edge in found.edges]
+        assert whole.spearman == pytest.approx(spearmanr([edge.predicted_total for edge in found.edges], figures).statistic)
+    assert found.spearman == found.total.spearman
+    to_lorsa = [edge for edge in found.edges if "attn" in graph.node(edge.target).site]
+    assert to_lorsa and all(abs(edge.measured - edge.free) > 1e-5 for edge in to_lorsa)
+    assert [check["free"] for check in found.as_dict()["edges"]] == [edge.free for edge in found.edges]
+
+
+def test_in_the_model_a_feature_is_taken_out_as_steering_does(models, mixed):
+    """What is added for a node is what an edit of `saebench.steering` does, for dictionaries that write several places too."""
+    for mix in ("clt", "lorsa", "heads"):
+        lm, dictionaries = models["gpt2"], mixed["gpt2", mix]
+        graph = trace(lm, dictionaries, TEXT, keep=1.0, max_features=20)
+        for n in np.flatnonzero(graph.is_kind("feature"))[::6].tolist():
+            node, run = graph.node(n), graph.intervene(n, 0.0)
+            edit = scale(dictionaries[node.dictionary], node.latent, 0.0, positions=f"{node.position}-{node.position + 1}")
+            ids = torch.tensor([graph.ids])
+            before = lm.logits(ids)[0, -1]
+            with steer(lm, edit):
+                moved = lm.logits(ids)[0, -1] - before
+            for target in graph.targets.tolist():
+                expected = float((moved - moved.mean())[graph.node(target).token])
+                assert run.free_N[target] == pytest.approx(expected, abs=2e-3 * float(moved.abs().max()) + 1e-4)
 
 
 def test_small_steps_of_one_node_come_out_as_predicted(models):

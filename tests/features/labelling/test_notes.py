@@ -109,6 +109,11 @@ def test_two_processes_and_four_threads_at_once(store):
     assert {n: notes.of(n).label for n in range(2, 6)} == {n: f"thread {n}" for n in range(2, 6)}
 
 
+def noted(number, label=""):
+    note = f'{{"bookmark": true, "label": "{label}", "note": "", "changed": ""}}'
+    return f'{{"format": "saebench-notes", "version": 1, "latents": {{"{number}": {note}}}}}'
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -122,16 +127,35 @@ def test_two_processes_and_four_threads_at_once(store):
             "is damaged",
         ),
         ('{"format": "saebench-notes", "version": 1}', "is damaged"),
+        (noted("1", label="\\ud800"), "is damaged"),
+        (noted("9" * 5000), "is damaged"),
+        ("[" * 100_000, "cannot be read"),
     ],
 )
-def test_a_damaged_file_is_named_and_left_as_it_is(store, content, said):
+def test_a_damaged_file_is_named_and_left_as_it_is(store, content, said, capsys):
     notes = Notes.open(store)
     notes.path.write_text(content)
-    for use in (lambda: Notes.open(store), lambda: notes.of(1), lambda: notes.change(1, bookmark=True)):
+    for use in (lambda: notes.of(1), lambda: notes.all(), lambda: notes.change(1, bookmark=True)):
         with pytest.raises(UserError, match=said) as caught:
             use()
         assert str(notes.path) in str(caught.value) and "\n" not in str(caught.value)
+    assert notes.bookmarks() == [] and notes.labels() == {}
+    (line,) = capsys.readouterr().err.splitlines()  # once for both
+    assert said in line and str(notes.path) in line and line.endswith("its notes are ignored")
     assert notes.path.read_text() == content
+
+
+def test_notes_on_latents_that_the_store_does_not_have_are_ignored_and_kept(store, capsys):
+    one = {"bookmark": True, "label": "own", "note": "", "changed": ""}
+    latents = {str(latent): one for latent in (3, 14, 99_999)}
+    notes = Notes.open(store)
+    notes.path.write_text(json.dumps({"format": "saebench-notes", "version": 1, "latents": latents}))
+    assert notes.bookmarks() == [3] and notes.labels() == {3: "own"} and notes.of(14) == Note()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{notes.path} has notes on latents from 14 on, which the store does not have: they are ignored"
+    notes.change(5, bookmark=True)
+    assert notes.bookmarks() == [3, 5]
+    assert set(json.loads(notes.path.read_text())["latents"]) == {"3", "5", "14", "99999"}
 
 
 def test_what_is_wrong_is_said(store, monkeypatch):
