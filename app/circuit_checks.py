@@ -56,7 +56,7 @@ def _kept(pruned: Pruned, found: Named, kept: dict) -> None:
         return f"{node_name(pruned.whole, number, texts)} @ {pruned.whole.nodes.position_N[number]}"
 
     figure, rows = effects_figure(kept, name), checks_table(kept)
-    left, right = st.columns([1.35, 1], gap="large")
+    left, right = st.columns([1.05, 1], gap="medium")
     with left:
         layout.plot(figure, key="circuit-effects")
     with right:

@@ -49,7 +49,7 @@ def replace(text: str, name: str, content: str) -> str:
     before, _, rest = text.partition(start)
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"{PAGE} has no part between {start} and {end}")
+        raise ValueError(f"the page has no part between {start} and {end}")
     return f"{before}{start}\n{content}\n{end}{after}"
 
 

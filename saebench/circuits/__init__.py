@@ -2,15 +2,19 @@
 
 from saebench.circuits.graphs.graph import KINDS, Graph, Node, Nodes
 from saebench.circuits.graphs.graph_file import graph_path, load_graph, save_graph
+from saebench.circuits.graphs.graph_sets import GraphSet, difference
 from saebench.circuits.graphs.influence import Scores, prune, scores
 from saebench.circuits.graphs.interventions import Intervention, intervene
+from saebench.circuits.graphs.many import trace_many
 from saebench.circuits.graphs.replacement import LocalModel
+from saebench.circuits.graphs.supernodes import Supernode, Supernodes, collapse, supernodes
 from saebench.circuits.graphs.targets import Difference, Direction, Feature, Logit
 from saebench.circuits.graphs.tracing import trace
 from saebench.circuits.graphs.verification import Agreement, EdgeCheck, NodeCheck, Verification, verify
 
 __all__ = [
     "trace",
+    "trace_many",
     "Logit",
     "Difference",
     "Feature",
@@ -19,6 +23,12 @@ __all__ = [
     "Nodes",
     "Node",
     "KINDS",
+    "GraphSet",
+    "difference",
+    "Supernode",
+    "Supernodes",
+    "supernodes",
+    "collapse",
     "Scores",
     "scores",
     "prune",

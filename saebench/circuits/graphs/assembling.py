@@ -16,6 +16,8 @@ from saebench.circuits.graphs.replacement import LocalModel
 from saebench.circuits.graphs.targets import Row
 from saebench.features.building import fingerprint
 
+NO_SOURCES, NO_WEIGHTS = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32)
+
 
 @dataclass
 class Kept:
@@ -87,7 +89,7 @@ def assemble(
             edges.append(nodes[stays].astype(np.int32))
             weights.append(weight[stays])
             left = weight[~stays].astype(np.float64)
-            kept.sources[row], kept.weights[row] = nodes[:0], weight[:0]  # so that edges are not held twice
+            kept.sources[row], kept.weights[row] = NO_SOURCES, NO_WEIGHTS  # not views, which would hold what they are views of
             table.value_N[node], table.constant_N[node] = value_R[row], kept.constant[row]
             table.dropped_N[node] = kept.dropped[row] + left.sum()
             table.dropped_size_N[node] = kept.dropped_size[row] + np.abs(left).sum()

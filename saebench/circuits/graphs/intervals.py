@@ -27,6 +27,9 @@ class Estimate:
     low: float = math.nan
     high: float = math.nan
 
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" if math.isnan(self.low) else f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
     def as_list(self) -> list[float | None]:
         """Value, low and high; None for NaN."""
         return [x if math.isfinite(x) else None for x in (self.value, self.low, self.high)]
