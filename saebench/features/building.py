@@ -148,12 +148,12 @@ class _Weights:
         return cls(written, read, LogitEffects(dictionary, lm))
 
     def listed(self, first: int, last: int) -> dict[str, Listed]:
-        none = torch.full((last - first, 0), EMPTY), torch.zeros(last - first, 0)
-        written, read = (none if both is None else [each[first:last] for each in both] for both in (self.written, self.read))
+        none = torch.full((last, 0), EMPTY), torch.zeros(last, 0)
+        (written, cosines), (read, read_cosines) = self.written or none, self.read or none
         promoted, raised, suppressed, lowered = self.effects.of(first, last, layout.LOGITS)
         return {
-            "neighbours": Listed(*written, name="cosine"),
-            "read_neighbours": Listed(*read, name="cosine"),
+            "neighbours": Listed(written[first:last], cosines[first:last], name="cosine"),
+            "read_neighbours": Listed(read[first:last], read_cosines[first:last], name="cosine"),
             "promoted": Listed(promoted, raised, name="logit"),
             "suppressed": Listed(suppressed, lowered, name="logit"),
         }

@@ -1,0 +1,147 @@
+// What passes over all latents share: rows packed for the screen, in blocks and tiles, and the sums of a tile with a panel.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "screen.h"
+#include "select.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int PANEL = 2 * LANES;        // latents whose sums are held together
+constexpr int BLOCK_BYTES = 384 << 10;  // of packed latents: they stay in the second-level cache
+constexpr int BLOCK_LATENTS = 512;
+
+struct Problem {
+    const float *x, *w, *b, *scale;  // [B, D], [F, D], [F], [F] or null
+    const int32_t* latents;          // [M] or null: which rows of w take part
+    int64_t tokens, width, num;      // B, D, M or F
+
+    int64_t row(int64_t f) const { return latents ? latents[f] : f; }
+    // Scores of one token with several latents, in float32.
+    void scores(int64_t token, const int32_t* rows, int64_t count, float* z) const {
+        const float* x_row = x + token * width;
+        int64_t i = 0;
+        for (; i + 4 <= count; i += 4) {
+            const float* of[4] = {w + rows[i] * width, w + rows[i + 1] * width, w + rows[i + 2] * width, w + rows[i + 3] * width};
+            dots<4>(x_row, of, width, z + i);
+        }
+        for (; i < count; i++) z[i] = dot(x_row, w + rows[i] * width, width);
+        for (i = 0; i < count; i++) z[i] = scale ? (z[i] + b[rows[i]]) * scale[rows[i]] : z[i] + b[rows[i]];
+    }
+};
+
+template <class T>
+struct Aligned {
+    T* data;
+    explicit Aligned(int64_t count) {
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 64, (count + 64) * sizeof(T))) throw std::bad_alloc();
+        data = (T*)memory;
+    }
+    ~Aligned() { free(data); }
+    Aligned(const Aligned&) = delete;
+};
+
+template <class Screen>
+struct Tokens {
+    int64_t words, tiles;
+    Aligned<typename Screen::word> packed;  // [tile][word][token of the tile]
+    std::vector<float> unit, norm, missed;  // [B], padded to whole tiles
+    bool finite = true;
+
+    Tokens(const Problem& problem, int threads)
+        : words((problem.width + PER_WORD<Screen> - 1) / PER_WORD<Screen>),
+          tiles((problem.tokens + TILE_TOKENS - 1) / TILE_TOKENS),
+          packed(tiles * TILE_TOKENS * words),
+          unit(tiles * TILE_TOKENS), norm(unit), missed(unit) {
+        const float float_error = (problem.width / 4 + 16) * 1.2e-7f;  // of float32 sums, here and in `dot`
+        bool good = true;
+#pragma omp parallel num_threads(threads) reduction(&& : good)
+        {
+            Aligned<typename Screen::element> scratch(problem.width);
+#pragma omp for schedule(static)
+            for (int64_t token = 0; token < tiles * TILE_TOKENS; token++) {
+                auto* to = packed.data + token / TILE_TOKENS * TILE_TOKENS * words + token % TILE_TOKENS;
+                if (token >= problem.tokens) {
+                    for (int64_t g = 0; g < words; g++) to[g * TILE_TOKENS] = 0;
+                    continue;
+                }
+                const Row row = pack<Screen>(problem.x + token * problem.width, problem.width, to, TILE_TOKENS, scratch.data, true);
+                unit[token] = row.unit;
+                norm[token] = row.norm + row.missed;
+                missed[token] = row.missed + row.norm * float_error;
+                good = good && row.finite;
+            }
+        }
+        finite = good;
+    }
+};
+
+template <class Screen>
+struct Block {
+    int64_t size = 0, most;
+    Aligned<typename Screen::word> packed;     // [panel][word][latent of the panel]
+    Aligned<typename Screen::element> scratch;
+    std::vector<float> unit, bias, norm, missed, limits;
+    std::vector<int32_t> start, row;           // what sums begin with; which row of the matrix
+    float longest = 0, worst = 0;              // the largest of norm and missed
+
+    Block(int64_t most, int64_t words, int64_t width)
+        : most(most), packed(most * words), scratch(width), unit(most), bias(most), norm(most), missed(most), limits(most), start(most),
+          row(most) {}
+
+    // `count` latents, every `stride`-th from `first`: neighbours are often alike, and a guess needs a fair sample.
+    bool fill(const Problem& problem, int64_t first, int64_t stride, int64_t count, int64_t words, const float* threshold) {
+        size = count;
+        const int64_t padded = (size + PANEL - 1) / PANEL * PANEL;
+        bool finite = true;
+        longest = worst = 0;
+        for (int64_t j = 0; j < padded; j++) {
+            auto* to = packed.data + j / PANEL * PANEL * words + j % PANEL;
+            if (j >= size) {
+                for (int64_t g = 0; g < words; g++) to[g * PANEL] = 0;
+                unit[j] = norm[j] = missed[j] = 0;
+                bias[j] = -INFINITY;
+                limits[j] = INFINITY;
+                start[j] = 0;
+                continue;
+            }
+            const int64_t f = row[j] = (int32_t)problem.row(first + j * stride);
+            const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, to, PANEL, scratch.data, false);
+            const float scale = problem.scale ? problem.scale[f] : 1.f, b = problem.b[f] * scale;
+            unit[j] = made.unit * scale;
+            norm[j] = made.norm * scale;
+            missed[j] = made.missed * scale;
+            bias[j] = b + std::fabs(b) * 1e-6f;
+            limits[j] = threshold ? threshold[f] : 0.f;
+            start[j] = Screen::SHIFTED ? -128 * made.total : 0;
+            longest = std::max(longest, norm[j]);
+            worst = std::max(worst, missed[j]);
+            finite = finite && made.finite && std::isfinite(b);
+        }
+        return finite;
+    }
+};
+
+// Sums of a tile of tokens with a panel of latents, in registers.
+template <class Screen>
+static inline __attribute__((always_inline)) void multiply(const typename Screen::word* a, const typename Screen::word* b, const int32_t* start,
+                                                           int64_t words, typename Screen::sums (&c)[TILE_TOKENS][2]) {
+    typename Screen::sums c0{}, c1{};
+    if constexpr (Screen::SHIFTED) c0 = load(start), c1 = load(start + LANES);
+#pragma GCC unroll 12
+    for (int i = 0; i < TILE_TOKENS; i++) c[i][0] = c0, c[i][1] = c1;
+    for (int64_t g = 0; g < words; g++, a += TILE_TOKENS, b += PANEL) {
+#pragma GCC unroll 12
+        for (int i = 0; i < TILE_TOKENS; i++) {
+            c[i][0] = Screen::step(c[i][0], a[i], b);
+            c[i][1] = Screen::step(c[i][1], a[i], b + LANES);
+        }
+    }
+}
+
+}  // namespace
