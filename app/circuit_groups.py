@@ -16,8 +16,8 @@ from opening import Opened
 
 from saebench.circuits.graphs.graph import Graph
 from saebench.circuits.graphs.graph_file import graph_path
-from saebench.circuits.graphs.groups import Supernodes
-from saebench.circuits.graphs.supernodes import load_supernodes, save_supernodes, supernodes, supernodes_path
+from saebench.circuits.sets.groups import Supernodes
+from saebench.circuits.sets.supernodes import load_supernodes, save_supernodes, supernodes, supernodes_path
 from saebench.errors import UserError
 from saebench.figures.graph_layout import GROUP
 

@@ -17,7 +17,7 @@ from naming import link_chip
 from opening import Entry, Opened
 
 from saebench.circuits.graphs.graph import Graph, Node
-from saebench.circuits.graphs.groups import Supernodes
+from saebench.circuits.sets.groups import Supernodes
 from saebench.errors import UserError
 from saebench.features.store import FeatureStore
 from saebench.figures.graph import node_name, short

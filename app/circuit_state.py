@@ -17,8 +17,8 @@ import opening
 import streamlit as st
 from opening import Entry, Opened
 
-from saebench.circuits.graphs.many import slug as slug_of
 from saebench.circuits.graphs.replacement import prompt_ids
+from saebench.circuits.sets.tracing_many import slug as slug_of
 from saebench.errors import UserError
 from saebench.figures.graph import WHOLE
 from saebench.figures.tokens import alone

@@ -18,6 +18,7 @@ from evals.shared import HERE, activations
 from evals.shared import lm as bundled
 from saebench.activations import TensorSource
 from saebench.circuits.discovery.examples import Examples
+from saebench.circuits.discovery.tasks import induction_task, sorting_task
 from saebench.errors import UserError
 from saebench.synthetic import save_induction_transformer
 
@@ -50,7 +51,7 @@ def planted(_data: Path | None, *, count: int = 8, length: int = 9, first: int =
     directory = HERE / "results" / "acts" / "planted-induction"
     circuit = save_induction_transformer(directory, 26, max_context=24, seed=1)
     lm = sb.load_lm(directory, device="cpu")
-    examples = again(26, count, length, first)
+    examples = induction_task(26, count, length, first)
     sites = ["blocks.0.hook_attn_out", "blocks.1.hook_attn_out"]
     dictionaries: list[sb.Dictionary] = []
     for site in sites:
@@ -78,17 +79,6 @@ def planted(_data: Path | None, *, count: int = 8, length: int = 9, first: int =
     )
 
 
-def again(vocabulary: int, count: int, length: int, first: int, seed: int = 0) -> Examples:
-    """BOS, `length` distinct tokens of 1 to `vocabulary`, and the one at `first` again; answer: what followed it, other: what stands three
-    places further."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.stack([1 + torch.randperm(vocabulary, generator=generator)[: length + 1] for _ in range(count)])
-    clean = torch.cat([torch.zeros(count, 1, dtype=torch.int64), tokens[:, :length], tokens[:, first : first + 1]], 1)
-    patch = clean.clone()
-    patch[:, 1 + first] = tokens[:, length]
-    return Examples(clean, torch.full((count,), length + 1), tokens[:, first + 1], tokens[:, first + 4], patch)
-
-
 def sorting(data: Path | None, *, count: int = 32, written: int = 2) -> Task:
     """Six letters of three and the first of them sorted: which comes next. In the counterfactual one letter differs, so that the same
     start is right and the next letter another."""
@@ -96,27 +86,13 @@ def sorting(data: Path | None, *, count: int = 32, written: int = 2) -> Task:
     if directory is None or not directory.is_dir():
         raise UserError("the model that sorts is not here: give the directory that holds gpt-nano-sort by --data")
     lm = sb.load_lm(directory, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    clean, patch, answers, others = [], [], [], []
-    while len(clean) < count:
-        letters = torch.randint(0, 3, (6,), generator=generator)
-        changed = letters.clone()
-        changed[torch.randint(6, (1,), generator=generator)] = torch.randint(0, 3, (1,), generator=generator)
-        right, other = letters.sort().values, changed.sort().values
-        if torch.equal(right[:written], other[:written]) and right[written] != other[written]:
-            clean.append(torch.cat([letters, right[:written]]))
-            patch.append(torch.cat([changed, right[:written]]))
-            answers.append(right[written])
-            others.append(other[written])
-    ends_B = torch.full((count,), 5 + written)
-    examples = Examples(torch.stack(clean), ends_B, torch.stack(answers), torch.stack(others), torch.stack(patch))
     every = torch.cartesian_prod(*[torch.arange(3)] * 6)
     ids = torch.cat([every, every.sort(1).values[:, :5]], 1)
     sites = [f"blocks.{layer}.attn.hook_z" for layer in range(3)]
     read = {site: value.clone().flatten(0, 1) for site, value in lm.read(ids, sites).items()}
     training = sb.TrainConfig(num_tokens=200_000, batch_size=512, lr=3e-3)
     dictionaries = sb.train([sb.TopK(d_sae=128, k=8, site=site) for site in sites], TensorSource(read), training, lm=lm)
-    return Task("sorting", lm, examples, list(dictionaries), skip=0)
+    return Task("sorting", lm, sorting_task(count, written), list(dictionaries), skip=0)
 
 
 def induction(_data: Path | None) -> Task:
@@ -129,7 +105,7 @@ def induction(_data: Path | None) -> Task:
         training = sb.TrainConfig(num_tokens=2 * TOKENS, batch_size=256, lr=3e-3)
         for sae, path in zip(sb.train(configs, activations(*sites, tokens=TOKENS), training, lm=lm), paths, strict=True):
             sae.save(path)
-    examples = again(lm.hf.config.vocab_size - 1, 8, 16, 5)
+    examples = induction_task(lm.hf.config.vocab_size - 1, 8)
     return Task("induction", lm, examples, [sb.load(path) for path in paths], few=4)
 
 

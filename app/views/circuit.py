@@ -26,8 +26,8 @@ from circuit_files import Pruned, Summary
 from circuit_state import DIFFERENCE, EXPLAIN, FEATURE, TOKEN, Asked
 from opening import Entry, Opened
 
-from saebench.circuits.graphs.groups import Supernodes
 from saebench.circuits.graphs.influence import Scores
+from saebench.circuits.sets.groups import Supernodes
 from saebench.errors import UserError
 from saebench.figures.graph import draw_graph, short
 from saebench.figures.graph_layout import GROUP

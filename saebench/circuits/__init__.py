@@ -2,15 +2,15 @@
 
 from saebench.circuits.graphs.graph import KINDS, Graph, Node, Nodes
 from saebench.circuits.graphs.graph_file import graph_path, load_graph, save_graph
-from saebench.circuits.graphs.graph_sets import GraphSet, difference
 from saebench.circuits.graphs.influence import Scores, prune, scores
 from saebench.circuits.graphs.interventions import Intervention, intervene
-from saebench.circuits.graphs.many import trace_many
 from saebench.circuits.graphs.replacement import LocalModel
-from saebench.circuits.graphs.supernodes import Supernode, Supernodes, collapse, supernodes
 from saebench.circuits.graphs.targets import Difference, Direction, Feature, Logit
 from saebench.circuits.graphs.tracing import trace
 from saebench.circuits.graphs.verification import Agreement, EdgeCheck, NodeCheck, Verification, verify
+from saebench.circuits.sets.graph_sets import GraphSet, difference
+from saebench.circuits.sets.supernodes import Supernode, Supernodes, collapse, supernodes
+from saebench.circuits.sets.tracing_many import trace_many
 
 __all__ = [
     "trace",

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saebench.circuits.graphs.graph import Graph
-    from saebench.circuits.graphs.graph_sets import GraphSet, Of
-    from saebench.circuits.graphs.stability import Stability
     from saebench.circuits.graphs.targets import Target
     from saebench.circuits.graphs.verification import Verification
+    from saebench.circuits.sets.graph_sets import GraphSet, Of
+    from saebench.circuits.sets.stability import Stability
     from saebench.dictionaries import Dictionary
     from saebench.lm import LanguageModel
     from saebench.runs import Run
@@ -114,8 +114,8 @@ def _many(
     args: argparse.Namespace, run: Run, lm: LanguageModel, dictionaries: dict[str, Dictionary], prompts: list[str]
 ) -> dict[str, Any]:
     """A graph of each prompt, those that are there already as they are, and what the pruned ones have in common."""
-    from saebench.circuits.graphs.graph_sets import GraphSet
-    from saebench.circuits.graphs.many import trace_many
+    from saebench.circuits.sets.graph_sets import GraphSet
+    from saebench.circuits.sets.tracing_many import trace_many
     from saebench.errors import UserError
     from saebench.progress import say
 
@@ -205,7 +205,7 @@ def chosen(run: Run, names: list[str] | None) -> dict[str, Dictionary]:
 
 def slug(prompt: str) -> str:
     """A file name from the beginning of a prompt."""
-    from saebench.circuits.graphs.many import slug as made
+    from saebench.circuits.sets.tracing_many import slug as made
 
     return made(prompt)
 

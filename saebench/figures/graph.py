@@ -17,7 +17,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from saebench.circuits.graphs.graph import Graph
-from saebench.circuits.graphs.groups import Supernodes
+from saebench.circuits.sets.groups import Supernodes
 from saebench.figures.graph_layout import GROUP, OUTPUT, Layout, Units, lay_out, level, level_name, units_of
 from saebench.figures.plots import PALETTE, styled
 from saebench.figures.tokens import alone

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saebench.circuits.graphs.collapsing import collapse
 from saebench.circuits.graphs.graph import KINDS, Graph
-from saebench.circuits.graphs.groups import Supernodes
 from saebench.circuits.graphs.parts import Place
+from saebench.circuits.sets.collapsing import collapse
+from saebench.circuits.sets.groups import Supernodes
 from saebench.errors import UserError
 
 MOST_NODES = 800

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from saebench.circuits.graphs.graph import KINDS, Graph, Nodes
-from saebench.circuits.graphs.groups import Supernodes
 from saebench.circuits.graphs.influence import influence
+from saebench.circuits.sets.groups import Supernodes
 from saebench.errors import UserError
 from saebench.files import replacing
 from saebench.interop.circuit_tracer_schema import EMBEDDING, ERRORS, FEATURES, SCHEMA, pair, unpair, validate

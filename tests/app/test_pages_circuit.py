@@ -16,9 +16,9 @@ from test_pages import html_of, parameter, problems, text_of
 
 from saebench.activations import ActivationStream
 from saebench.circuits.graphs.graph_file import load_graph
-from saebench.circuits.graphs.supernodes import load_supernodes
 from saebench.circuits.graphs.tracing import trace
 from saebench.circuits.graphs.verification import verify
+from saebench.circuits.sets.supernodes import load_supernodes
 from saebench.dictionaries import load_dictionary
 from saebench.features import index
 from saebench.features.labelling.notes import Notes

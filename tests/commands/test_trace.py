@@ -7,8 +7,8 @@ import pytest
 from helpers import SENTENCE
 
 from saebench.circuits.graphs.graph_file import load_graph
-from saebench.circuits.graphs.graph_sets import GraphSet
 from saebench.circuits.graphs.tracing import trace
+from saebench.circuits.sets.graph_sets import GraphSet
 from saebench.cli import main
 from saebench.commands.trace import chosen
 from saebench.interop import read_circuit_tracer

@@ -9,7 +9,7 @@ import pytest
 from circuits.hand_graphs import graph_of
 
 from saebench.circuits.graphs.graph import KINDS, Graph
-from saebench.circuits.graphs.groups import Supernode, Supernodes
+from saebench.circuits.sets.groups import Supernode, Supernodes
 from saebench.errors import UserError
 from saebench.figures.graph import MOST_EDGES, MOST_OF_CHOSEN, draw_graph, node_name
 from saebench.figures.graph_checks import checks_table, effects_figure

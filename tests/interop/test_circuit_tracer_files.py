@@ -13,7 +13,7 @@ from circuits.hand_graphs import graph_of
 from circuits.mixes import TEXT, make, mixes, prepared
 
 from saebench.circuits import Difference, Direction, Feature, Logit, trace
-from saebench.circuits.graphs.groups import Supernode, Supernodes
+from saebench.circuits.sets.groups import Supernode, Supernodes
 from saebench.errors import UserError
 from saebench.interop import documents, read_circuit_tracer, write_circuit_tracer
 from saebench.interop.circuit_tracer_schema import pair, unpair, validate

@@ -18,11 +18,11 @@ import torch
 
 from saebench.circuits.graphs.graph import KINDS, Graph
 from saebench.circuits.graphs.influence import edge_influence
-from saebench.circuits.graphs.intervals import Estimate, means
 from saebench.circuits.graphs.interventions import Interventions
 from saebench.circuits.graphs.parts import Place
 from saebench.circuits.graphs.replacement import LocalModel
 from saebench.circuits.graphs.verification import Agreement
+from saebench.circuits.intervals import Estimate, means
 
 ENOUGH = 10  # edges of a kind for a prompt to count in the mean
 BAR = 0.72  # Spearman of influence with measured effect, features on features, published for cross-layer transcoders (Ameisen et al. 2025)

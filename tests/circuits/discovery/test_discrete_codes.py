@@ -4,11 +4,11 @@ import time
 
 import pytest
 import torch
-from tasks import induction_task
 
 from saebench.circuits.discovery.discrete import DiscreteCircuit, discrete_circuit, head_outputs
 from saebench.circuits.discovery.model_edges import Components
 from saebench.circuits.discovery.ranking import precision_recall, roc_auc
+from saebench.circuits.discovery.tasks import induction_task
 from saebench.errors import UserError
 from saebench.lm import load_lm
 from saebench.synthetic import save_induction_transformer
@@ -105,7 +105,7 @@ def test_bad_input_is_one_line(tiny_lm, contexts):
 
 @pytest.mark.slow
 def test_on_the_bundled_model_aligned_codes_agree_with_exhaustive_ablation(builtin_lm):
-    examples = induction_task(builtin_lm)
+    examples = induction_task(builtin_lm.hf.config.vocab_size - 1)
     components = Components(builtin_lm, examples)
     exact = components.effects("exact")
     everything = torch.ones(len(exact.effect_N), dtype=torch.bool)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tasks import induction_task
 from test_model_edges import planted_examples
 from test_patching import HEADS, MLP, RESID, induction_prompts, random_examples, sae_at, true_dictionary
 
@@ -18,6 +17,7 @@ from saebench.circuits.discovery.feature_edges import feature_edges
 from saebench.circuits.discovery.model_edges import Components
 from saebench.circuits.discovery.patching import Patching
 from saebench.circuits.discovery.ranking import roc_auc
+from saebench.circuits.discovery.tasks import induction_task
 from saebench.errors import UserError
 from saebench.lm import load_lm
 from saebench.synthetic import save_induction_transformer
@@ -232,7 +232,7 @@ def test_a_node_that_is_none_is_one_line(tiny_lm):
 
 @pytest.mark.slow
 def test_on_the_bundled_model_edges_by_gradient_agree_with_the_ablation_of_each(builtin_lm):
-    components = Components(builtin_lm, induction_task(builtin_lm, 4))
+    components = Components(builtin_lm, induction_task(builtin_lm.hf.config.vocab_size - 1, 4))
     exact = components.edges("exact")
     there = ~exact.effect_UT.isnan()
     assert int(there.sum()) == 1519

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tasks import induction_task, sorting_task
 
 import saebench as sb
 from saebench.circuits.discovery.examples import Examples, answer_log_probability, examples_of, logit_difference
 from saebench.circuits.discovery.patching import Patching
 from saebench.circuits.discovery.ranking import roc_auc
+from saebench.circuits.discovery.tasks import induction_task, sorting_task
 from saebench.errors import UserError
 from saebench.lm import load_lm
 from saebench.lm.sites import hooked
@@ -310,7 +310,7 @@ def test_on_the_bundled_model_integrated_gradients_rank_nodes_of_induction_as_ab
     configs = [sb.TopK(d_sae=256, k=8, site=site) for site in sites]
     training = sb.TrainConfig(num_tokens=30_000, batch_size=256)
     saes = sb.train(configs, ActivationStream(builtin_lm, contexts, sites), training, lm=builtin_lm)
-    patching = Patching(builtin_lm, saes, induction_task(builtin_lm, 4))
+    patching = Patching(builtin_lm, saes, induction_task(builtin_lm.hf.config.vocab_size - 1, 4))
     exact, found = patching.effects("exact"), patching.effects("integrated")
     curve = patching.curve(found, [0, len(found) // 2, len(found)])
     truth = exact.effect_N.abs() > 0.02 * abs(curve.full - curve.none)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from mixes import TEXT
 
-from saebench.circuits.graphs import many
 from saebench.circuits.graphs.graph_file import graph_path, load_graph
-from saebench.circuits.graphs.many import trace_many
 from saebench.circuits.graphs.targets import Difference, Direction, Feature, Logit
 from saebench.circuits.graphs.tracing import trace
+from saebench.circuits.sets import tracing_many as many
+from saebench.circuits.sets.tracing_many import trace_many
 from saebench.errors import UserError
 
 PROMPTS = [TEXT, TEXT + "\n\ndef other(y):", "# the number 3"]

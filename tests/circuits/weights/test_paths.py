@@ -8,11 +8,11 @@ from mixes import MIXES, TEXT, make, transcoder
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from saebench.circuits.graphs.attribution import Rows, Sources
-from saebench.circuits.graphs.contributions import Steps, contributions
-from saebench.circuits.graphs.paths import Only, greedy_paths, routes
 from saebench.circuits.graphs.replacement import LocalModel
 from saebench.circuits.graphs.targets import Difference, Direction, Feature, Logit, rows_of
 from saebench.circuits.graphs.tracing import trace
+from saebench.circuits.weights.contributions import Steps, contributions
+from saebench.circuits.weights.paths import Only, greedy_paths, routes
 from saebench.errors import UserError
 from saebench.lm import LanguageModel
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from saebench.circuits.graphs.groups import Supernode, Supernodes
+from saebench.circuits.sets.groups import Supernode, Supernodes
 from saebench.errors import UserError
 
 

@@ -25,12 +25,12 @@ import numpy as np
 
 from saebench.circuits.graphs.graph import KINDS, Graph
 from saebench.circuits.graphs.influence import edge_influence
-from saebench.circuits.graphs.intervals import Estimate, means, wilson
+from saebench.circuits.intervals import Estimate, means, wilson
 from saebench.errors import UserError
 from saebench.files import identity
 
 if TYPE_CHECKING:
-    from saebench.circuits.graphs.difference import GraphDifference
+    from saebench.circuits.sets.difference import GraphDifference
 
 Positions = Literal["dropped", "from_end"]
 Of = Literal["features", "nodes", "edges"]
@@ -195,7 +195,7 @@ class GraphSet:
 
     def stability(self, of: Of = "features", *, control: GraphSet | None = None) -> Any:
         """How alike the prompts' graphs are, against chance or an unrelated set (stability.py)."""
-        from saebench.circuits.graphs.stability import stability
+        from saebench.circuits.sets.stability import stability
 
         return stability(self, of, control=control)
 
@@ -256,7 +256,7 @@ class GraphSet:
 
 def difference(a: Graph | Sequence[Graph] | GraphSet, b: Graph | Sequence[Graph] | GraphSet, **options: Any) -> GraphDifference:
     """What two graphs, or two sets of them, differ in: a less b (difference.py)."""
-    from saebench.circuits.graphs.difference import compare
+    from saebench.circuits.sets.difference import compare
 
     return compare(a, b, **options)
 

@@ -10,10 +10,10 @@ import scipy.stats
 from hand_graphs import graph_of
 from mixes import TEXT
 
-from saebench.circuits.graphs.graph_sets import GraphSet, difference
-from saebench.circuits.graphs.intervals import means, wilson
 from saebench.circuits.graphs.targets import Logit
 from saebench.circuits.graphs.tracing import trace
+from saebench.circuits.intervals import means, wilson
+from saebench.circuits.sets.graph_sets import GraphSet, difference
 from saebench.errors import UserError
 
 

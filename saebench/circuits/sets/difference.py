@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from saebench.circuits.graphs.graph import KINDS, Graph
-from saebench.circuits.graphs.graph_sets import Entries, GraphSet, Positions
-from saebench.circuits.graphs.intervals import Estimate
+from saebench.circuits.intervals import Estimate
+from saebench.circuits.sets.graph_sets import Entries, GraphSet, Positions
 from saebench.features.contrast import false_discovery_rates
 
 LEAST = 2  # prompts that have an item which is tested

@@ -1,6 +1,6 @@
 """How latents read and write by the weights alone: the local model with every norm's scale taken as 1 and heads that look at one place.
 
-Connections by weights (weights.py) and the input-invariant factor of what a prompt makes of them (contributions.py) are both read off here.
+Connections by weights (connections.py) and the input-invariant factor of what a prompt makes of them (contributions.py) are read off here.
 Shape suffixes: `M` some latents, `D` width, `H` heads, `X` the heads' outputs side by side.
 """
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 
-from saebench.circuits.graphs.collapsing import CollapsedGraph, collapse
 from saebench.circuits.graphs.graph import Graph
-from saebench.circuits.graphs.graph_sets import FEATURE, SHIFT, GraphSet
-from saebench.circuits.graphs.groups import Supernode, Supernodes
 from saebench.circuits.graphs.influence import edge_influence
-from saebench.circuits.graphs.likeness import Stores, coactivation, combined, decoder, named, role, stores_of
 from saebench.circuits.graphs.replacement import Dictionaries
+from saebench.circuits.sets.collapsing import CollapsedGraph, collapse
+from saebench.circuits.sets.graph_sets import FEATURE, SHIFT, GraphSet
+from saebench.circuits.sets.groups import Supernode, Supernodes
+from saebench.circuits.sets.likeness import Stores, coactivation, combined, decoder, named, role, stores_of
 from saebench.errors import UserError
 from saebench.files import identity, read_json, write_json
 

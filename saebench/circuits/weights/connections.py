@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from saebench.circuits.graphs.attribution import BLOCK_BYTES
-from saebench.circuits.graphs.coactivity import CoActivity, Codes
-from saebench.circuits.graphs.invariant import Head, Invariant, Reading
 from saebench.circuits.graphs.parts import Part, Place
 from saebench.circuits.graphs.replacement import Dictionaries, LocalModel
 from saebench.circuits.graphs.targets import Target, dictionary_number, rows_of
+from saebench.circuits.weights.coactivity import CoActivity, Codes
+from saebench.circuits.weights.invariant import Head, Invariant, Reading
 from saebench.errors import UserError
 from saebench.features.effects import largest
 from saebench.lm import LanguageModel

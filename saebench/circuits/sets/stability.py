@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from saebench.circuits.graphs.graph_sets import SHIFT, Entries, GraphSet, Of
-from saebench.circuits.graphs.intervals import DRAWS, LEAST, SEED, Estimate, draw, tails
+from saebench.circuits.intervals import DRAWS, LEAST, SEED, Estimate, draw, tails
+from saebench.circuits.sets.graph_sets import SHIFT, Entries, GraphSet, Of
 from saebench.errors import UserError
 
 DEALS = 100  # of latents

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from saebench.circuits.graphs.graph import Graph, Nodes
-from saebench.circuits.graphs.groups import Supernodes
 from saebench.circuits.graphs.influence import edge_influence
+from saebench.circuits.sets.groups import Supernodes
 from saebench.errors import UserError
 
 SUMS = ("value_N", "weight_N", "probability_N", "constant_N", "dropped_N", "dropped_size_N")

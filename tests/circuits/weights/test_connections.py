@@ -6,12 +6,12 @@ import torch
 from mixes import TEXT, clt, lorsa, make, topk, transcoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saebench.circuits.graphs import weights
-from saebench.circuits.graphs.contributions import contributions
-from saebench.circuits.graphs.paths import routes
 from saebench.circuits.graphs.replacement import LocalModel
 from saebench.circuits.graphs.targets import Direction, Feature, Logit
-from saebench.circuits.graphs.weights import Connections
+from saebench.circuits.weights import connections as weights
+from saebench.circuits.weights.connections import Connections
+from saebench.circuits.weights.contributions import contributions
+from saebench.circuits.weights.paths import routes
 from saebench.codes import SparseCodes
 from saebench.errors import UserError
 from saebench.features.effects import LogitEffects

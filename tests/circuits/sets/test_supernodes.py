@@ -12,10 +12,11 @@ from mixes import TEXT, make, transcoder
 from saebench.activations import ActivationStream
 from saebench.circuits.graphs.graph import KINDS
 from saebench.circuits.graphs.graph_file import graph_path, load_graph
-from saebench.circuits.graphs.graph_sets import GraphSet
 from saebench.circuits.graphs.influence import edge_influence
-from saebench.circuits.graphs.likeness import coactivation, combined, decoder, role
-from saebench.circuits.graphs.supernodes import (
+from saebench.circuits.graphs.tracing import trace
+from saebench.circuits.sets.graph_sets import GraphSet
+from saebench.circuits.sets.likeness import coactivation, combined, decoder, role
+from saebench.circuits.sets.supernodes import (
     Supernode,
     Supernodes,
     clusters,
@@ -26,7 +27,6 @@ from saebench.circuits.graphs.supernodes import (
     supernodes,
     supernodes_path,
 )  # fmt: skip
-from saebench.circuits.graphs.tracing import trace
 from saebench.codes import SparseCodes
 from saebench.errors import UserError
 from saebench.features import index

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saebench.circuits.graphs.invariant import Invariant, Reading
 from saebench.circuits.graphs.parts import Place
 from saebench.circuits.graphs.replacement import LocalModel, Written
 from saebench.circuits.graphs.targets import Row, Target, rows_of, value_of
+from saebench.circuits.weights.invariant import Invariant, Reading
 
 KINDS = ("feature", "head", "look", "skip", "token", "error", "bias")
 ONWARDS = ("feature", "head", "look", "skip")

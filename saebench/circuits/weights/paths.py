@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from saebench.circuits.graphs.attribution import Rows, Sources
-from saebench.circuits.graphs.contributions import KINDS, Contribution, Contributions, Reader, Steps
-from saebench.circuits.graphs.invariant import Head
 from saebench.circuits.graphs.replacement import LocalModel
 from saebench.circuits.graphs.targets import Feature, Target, dictionary_number, rows_of
+from saebench.circuits.weights.contributions import KINDS, Contribution, Contributions, Reader, Steps
+from saebench.circuits.weights.invariant import Head
 from saebench.errors import UserError
 
 ITERATIONS, BRANCHES, TOP = 2, 5, 25

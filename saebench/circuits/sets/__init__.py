@@ -1,0 +1,1 @@
+"""Several graphs, and larger units: what prompts have in common, how two differ, supernodes."""
