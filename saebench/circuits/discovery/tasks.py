@@ -32,7 +32,10 @@ def sorting_task(count: int = 16, written: int = 2, seed: int = 0) -> Examples:
     """Six letters (0, 1, 2) and the first `written` of them sorted: the answer is the next one. In the counterfactual one letter differs so
     that the same start is right and the next letter is another, which is also what the answer is compared with."""
     generator = torch.Generator().manual_seed(seed)
-    clean, patch, answers, others = [], [], [], []
+    clean: list[torch.Tensor] = []
+    patch: list[torch.Tensor] = []
+    answers: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     while len(clean) < count:
         letters = torch.randint(0, LETTERS, (SORTED,), generator=generator)
         changed = letters.clone()
