@@ -100,7 +100,7 @@ def _one(
         graph.extra["verification"] = _in_whole(found, pruned, graph)
     graph.save(path)
     result = _result(graph, pruned, path)
-    _show(pruned, result["scores"], result["spearman"])
+    _show(pruned, result["scores"], result["verification"])
     say(f"graph: {path}")
     if args.export is not None:
         from saebench.interop import write_circuit_tracer
@@ -257,7 +257,7 @@ def _targets(args: argparse.Namespace) -> list[Target] | None:
     return [Logit(args.token) if args.against is None else Difference(args.token, args.against)]
 
 
-def _show(graph: Graph, scores: dict[str, dict[str, float]], spearman: float | None) -> None:
+def _show(graph: Graph, scores: dict[str, dict[str, float]], verification: dict[str, Any] | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -274,8 +274,17 @@ def _show(graph: Graph, scores: dict[str, dict[str, float]], spearman: float | N
     for name, found in scores.items():
         ends = {what: f"{found[what]:.3f} ({found[f'{what}_low']:.3f} to {found[f'{what}_high']:.3f})" for what in SCORES}
         console.print(f"{name}: " + ", ".join(f"{what} {said}" for what, said in ends.items()) + "; bounds: what was dropped")
-    if spearman is not None:
-        console.print(f"predicted against measured: Spearman {spearman:.3f}")
+    if verification is not None:
+        console.print(
+            f"predicted against measured, {len(verification['edges'])} strongest edges: {_agreement(verification['total'])}"
+        )
+        for kinds, found in verification["by_kind"].items():
+            console.print(f"  {kinds.replace('>', ' > ')} ({found['count']}): {_agreement(found)}")
+
+
+def _agreement(found: dict[str, float | None]) -> str:
+    spearman, slope = (None if found[key] is None else f"{found[key]:.2f}" for key in ("spearman", "slope"))
+    return f"Spearman {spearman or '-'}, measured per predicted {slope or '-'}"
 
 
 def _show_common(graphs: GraphSet, results: list[dict[str, Any]], stability: dict[Of, Stability]) -> None:
