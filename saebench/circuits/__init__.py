@@ -11,6 +11,9 @@ from saebench.circuits.graphs.verification import Agreement, EdgeCheck, NodeChec
 from saebench.circuits.sets.graph_sets import GraphSet, difference
 from saebench.circuits.sets.supernodes import Supernode, Supernodes, collapse, supernodes
 from saebench.circuits.sets.tracing_many import trace_many
+from saebench.circuits.weights.connections import Connection, Connections, TokenWeight
+from saebench.circuits.weights.contributions import Contribution, Contributions, contributions
+from saebench.circuits.weights.paths import Only, Path, Route, greedy_paths, routes
 
 __all__ = [
     "trace",
@@ -40,6 +43,17 @@ __all__ = [
     "intervene",
     "Intervention",
     "LocalModel",
+    "Connections",
+    "Connection",
+    "TokenWeight",
+    "contributions",
+    "Contributions",
+    "Contribution",
+    "greedy_paths",
+    "Path",
+    "Only",
+    "routes",
+    "Route",
     "graph_path",
     "save_graph",
     "load_graph",
