@@ -287,7 +287,8 @@ def test_a_stopped_call_goes_on_where_it_was(store, server):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from saebench.errors import Interrupted
 from saebench.features import FeatureStore
 from saebench.features.labelling.endpoint import Endpoint, label_by_endpoint
