@@ -10,9 +10,9 @@ import layout
 import streamlit as st
 from circuit_files import Pruned
 from circuit_nodes import Named
-from circuit_worker import VERIFIED
 from opening import Opened
 
+from saebench.commands.trace import VERIFIED
 from saebench.errors import UserError
 from saebench.figures.graph import node_name
 from saebench.figures.graph_checks import HEADS, checks_table, effects_figure

@@ -165,5 +165,5 @@ def pruned(key: str, nodes: float, edges: float) -> Pruned:
         scores = whole.scores(), left.scores()
     except ValueError as error:
         raise UserError(f"{Path(key.partition(chr(10))[0])} is damaged ({error}): trace the prompt again") from None
-    numbers = np.array([whole.find(left.id(n)) for n in range(len(left))], dtype=np.int64)
+    numbers = left.numbers_in(whole)
     return Pruned(whole, left, numbers, *scores, left.influence())

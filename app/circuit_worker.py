@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from saebench import progress
+from saebench.commands.trace import FEATURES, KEEP, VERIFIED, chosen
 from saebench.errors import UserError
 
 if TYPE_CHECKING:
     from saebench.circuits.graphs.targets import Target
-
-FEATURES, KEEP, VERIFIED = 2048, 512, 50  # as `saebench trace` has them
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ def main(text: str) -> None:
     from saebench.circuits.graphs.graph_file import load_graph
     from saebench.circuits.graphs.tracing import trace
     from saebench.circuits.graphs.verification import verify
-    from saebench.commands.trace import chosen
     from saebench.lm import load_lm
     from saebench.pipeline import dictionaries as dictionaries_of
     from saebench.runs import Run
@@ -68,13 +66,12 @@ def main(text: str) -> None:
     progress.say(f"checking the {order.verify} edges that carry most in the model")
     pruned = graph.prune(order.nodes, order.edges)
     try:
-        found = verify(lm, dictionaries, pruned, order.verify, model=pruned.origin).as_dict()
+        found = verify(lm, dictionaries, pruned, order.verify, model=pruned.origin)
     except UserError:
         if not order.asked:
             raise
         return  # nothing can be checked in it, but it can be looked at
-    numbers = [graph.find(pruned.id(n)) for n in range(len(pruned))]
-    graph.extra["verification"] = renumbered(found, numbers)
+    graph.extra["verification"] = found.as_dict(pruned.numbers_in(graph))
     graph.save(order.path)
 
 
@@ -88,12 +85,6 @@ def targets(asked: dict[str, Any]) -> list[Target] | None:
     if asked["explain"] == "feature":
         return [Feature(asked["dictionary"], asked["place"], asked["latent"])]
     return None
-
-
-def renumbered(found: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
-    """What `verify` found in a pruned graph, with the numbers that its nodes have in the whole one."""
-    edges = [{**edge, "source": int(numbers[edge["source"]]), "target": int(numbers[edge["target"]])} for edge in found["edges"]]
-    return {**found, "edges": edges, "nodes": [{**node, "node": int(numbers[node["node"]])} for node in found["nodes"]]}
 
 
 if __name__ == "__main__":

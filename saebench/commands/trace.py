@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from saebench.circuits.graphs.graph import Graph
     from saebench.circuits.graphs.targets import Target
-    from saebench.circuits.graphs.verification import Verification
     from saebench.circuits.sets.graph_sets import GraphSet, Of
     from saebench.circuits.sets.stability import Stability
     from saebench.dictionaries import Dictionary
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 SHOWN = 12
 SCORES = ("replacement", "completeness")
 OF: tuple[Of, ...] = ("features", "nodes", "edges")
+FEATURES, KEEP, VERIFIED = 2048, 512, 50  # defaults, of the Circuit page too
 COMMON = 100  # nodes and edges of a set that --json lists
 
 
@@ -49,14 +49,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="the token to explain; default the likeliest ones")
     parser.add_argument("--against", metavar="TOKEN", help="explain by how much the logit of --token is above that of this one")
     parser.add_argument("--dictionary", action="append", metavar="ID", help="only this one (may be given several times)")
-    parser.add_argument("--features", type=int, default=2048, help="nodes that are features, at most (default: 2048)")
-    parser.add_argument("--keep", type=int, default=512, help="edges kept into each node; the others are summed (default: 512)")
+    parser.add_argument("--features", type=int, default=FEATURES, help=f"nodes that are features, at most (default: {FEATURES})")
+    parser.add_argument(
+        "--keep", type=int, default=KEEP, help=f"edges kept into each node; the others are summed (default: {KEEP})"
+    )
     parser.add_argument(
         "--verify",
         type=int,
-        default=50,
+        default=VERIFIED,
         metavar="N",
-        help="strongest edges that are checked in the model (default: 50; 0 for none)",
+        help=f"strongest edges that are checked in the model (default: {VERIFIED}; 0 for none)",
     )
     parser.add_argument("--name", help="of the file in RUN/graphs; default made from the prompt")
     parser.add_argument(
@@ -90,6 +92,7 @@ def _one(
 ) -> dict[str, Any]:
     from saebench.circuits.graphs.graph_file import graph_path
     from saebench.circuits.graphs.tracing import trace
+    from saebench.circuits.sets.tracing_many import slug
     from saebench.progress import say
 
     path = graph_path(run.path, args.name or slug(prompt))
@@ -97,7 +100,7 @@ def _one(
     pruned = graph.prune()
     found = pruned.verify(args.verify) if args.verify else None
     if found is not None:
-        graph.extra["verification"] = _in_whole(found, pruned, graph)
+        graph.extra["verification"] = found.as_dict(pruned.numbers_in(graph))
     graph.save(path)
     result = _result(graph, pruned, path)
     _show(pruned, result["scores"], result["verification"])
@@ -129,7 +132,7 @@ def _many(
         graph, pruned = made.graph, made.graph.prune()
         checked = _checked(graph)
         if args.verify and (checked is None or len(checked["edges"]) != min(args.verify, pruned.num_edges)):
-            graph.extra["verification"] = _in_whole(pruned.verify(args.verify), pruned, graph)
+            graph.extra["verification"] = pruned.verify(args.verify).as_dict(pruned.numbers_in(graph))
             graph.save(made.path)
         pruned.origin = None  # the linear model takes far more memory than the graph
         results.append({"prompt": graph.prompt, "loaded": made.loaded, **_result(graph, pruned, made.path)})
@@ -176,17 +179,6 @@ def _checked(graph: Graph) -> dict[str, Any] | None:
     return found if whole and "spearman" in found["total"] else None
 
 
-def _in_whole(found: Verification, pruned: Graph, graph: Graph) -> dict[str, Any]:
-    """What was found of the pruned graph, in the numbers that nodes have in the whole one, which the file holds."""
-    number = [graph.find(pruned.id(n)) for n in range(len(pruned))]
-    plain = found.as_dict()
-    for check in plain["edges"]:
-        check.update(source=number[check["source"]], target=number[check["target"]])
-    for check in plain["nodes"]:
-        check["node"] = number[check["node"]]
-    return plain
-
-
 def chosen(run: Run, names: list[str] | None) -> dict[str, Dictionary]:
     """The dictionaries of a run that a graph is made of. Raises UserError for an unknown name, and where none is a transcoder or Lorsa."""
     from saebench.errors import UserError
@@ -201,13 +193,6 @@ def chosen(run: Run, names: list[str] | None) -> dict[str, Dictionary]:
             "train some, such as `saebench train bundled-circuits`"
         )
     return wanted
-
-
-def slug(prompt: str) -> str:
-    """A file name from the beginning of a prompt."""
-    from saebench.circuits.sets.tracing_many import slug as made
-
-    return made(prompt)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:

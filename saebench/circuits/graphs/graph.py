@@ -161,6 +161,11 @@ class Graph:
             raise UserError(f"the graph has no node {id!r}: nodes are such as {self.id(0)}")
         return self.__dict__["_numbers"][id]
 
+    def numbers_in(self, whole: Graph) -> np.ndarray:
+        """The numbers [N] that the nodes have in another graph of the prompt, such as the one that this was pruned from. Raises UserError
+        for a node that it lacks."""
+        return np.array([whole.find(self.id(n)) for n in range(len(self))], dtype=np.int64)
+
     def node(self, which: int | str) -> Node:
         """A node by number or id. Raises UserError where the graph lacks it."""
         number = self.find(which) if isinstance(which, str) else which

@@ -105,9 +105,15 @@ class Verification:
         """The figure that is shown by default: effects along all paths of the graph against the model itself, attention patterns held."""
         return self.total.spearman
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, NaN as None."""
-        return _plain(asdict(self))
+    def as_dict(self, numbers_N: np.ndarray | None = None) -> dict[str, Any]:
+        """Plain data, NaN as None; with the numbers that nodes have in another graph, where these are given (`Graph.numbers_in`)."""
+        plain = _plain(asdict(self))
+        if numbers_N is not None:
+            for check in plain["edges"]:
+                check.update(source=int(numbers_N[check["source"]]), target=int(numbers_N[check["target"]]))
+            for check in plain["nodes"]:
+                check["node"] = int(numbers_N[check["node"]])
+        return plain
 
 
 @torch.no_grad()
