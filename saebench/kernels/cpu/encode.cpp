@@ -71,42 +71,20 @@ void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
 template <class Screen>
 void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Pending& pending, Best& keep,
                 std::vector<float>& scores) {
-    const int64_t padded = (block.size + PANEL - 1) / PANEL * PANEL, token0 = tile * TILE_TOKENS;
+    const int64_t padded = block.padded(), token0 = tile * TILE_TOKENS;
     const int64_t rank = std::min(block.size, safe_rank(keep.k, (double)block.size / problem.num));
     const bool certain = rank == keep.k;
-    // of the largest of each group, the rank-th is no larger than that of all scores, and there are fewer to sort
-    int64_t groups = padded;
-    while (groups % (2 * LANES) == 0 && groups >= 8 * rank) groups /= 2;
-    scores.resize((TILE_TOKENS + 1) * padded);
-    float* best = scores.data() + TILE_TOKENS * padded;
+    float* best = tile_scores<Screen>(tokens, block, tile, scores);
     const int rows = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
-    for (int64_t at = 0; at < block.size; at += PANEL) {
-        typename Screen::sums c[TILE_TOKENS][2];
-        multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
-                         tokens.words, c);
-#pragma GCC unroll 12
-        for (int i = 0; i < TILE_TOKENS; i++)
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                const int64_t j = at + half * LANES;
-                store(scores.data() + i * padded + j,
-                      Screen::value(c[i][half]) * (all(tokens.unit[token0 + i]) * load(block.unit.data() + j)) + load(block.bias.data() + j));
-            }
-    }
     for (int i = 0; i < rows; i++) {
         const int64_t token = token0 + i;
         const float* z = scores.data() + i * padded;
         const float slack = tokens.missed[token] * block.longest + tokens.norm[token] * block.worst;
-        for (int64_t j = 0; j < groups; j += LANES) {
-            Floats most = load(z + j);
-            for (int64_t other = j + groups; other < padded; other += groups) most = load(z + other) > most ? load(z + other) : most;
-            store(best + j, most);
-        }
-        std::nth_element(best, best + rank - 1, best + groups, [](float a, float b) { return a > b; });
+        const float ranked = rank_of_groups(z, padded, rank, best);
         if (certain)
-            keep.limits[token] = std::max(keep.limits[token], best[rank - 1] - slack);
+            keep.limits[token] = std::max(keep.limits[token], ranked - slack);
         else
-            keep.guess(token, best[rank - 1]);
+            keep.guess(token, ranked);
         const Floats limit = all(keep.limits[token] - slack);
         for (int64_t at = 0; at < padded; at += LANES)
             for (uint32_t left = at_least(load(z + at), limit); left; left &= left - 1)

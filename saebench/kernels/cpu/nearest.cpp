@@ -84,36 +84,15 @@ template <class Screen>
 void sample(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, int64_t first,
             const int32_t* number, Best& keep, std::vector<float>& scores, std::vector<int32_t>& places, std::vector<float>& z,
             int64_t& computed) {
-    const int64_t padded = (block.size + PANEL - 1) / PANEL * PANEL, token0 = tile * TILE_TOKENS, words = tokens.words;
+    const int64_t padded = block.padded(), token0 = tile * TILE_TOKENS;
     const int64_t rank = std::min(block.size, likely_rank(keep.k, (double)block.size / problem.num));
-    scores.resize((TILE_TOKENS + 1) * padded);
-    float* best = scores.data() + TILE_TOKENS * padded;
+    float* best = tile_scores<Screen>(tokens, block, tile, scores);
     const int held = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
-    int64_t groups = padded;  // as in encode.cpp: fewer to sort
-    while (groups % (2 * LANES) == 0 && groups >= 8 * rank) groups /= 2;
-    for (int64_t at = 0; at < block.size; at += PANEL) {
-        typename Screen::sums c[TILE_TOKENS][2];
-        multiply<Screen>(tokens.packed.data + token0 * words, block.packed.data + at * words, block.start.data() + at, words, c);
-#pragma GCC unroll 12
-        for (int i = 0; i < TILE_TOKENS; i++)
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                const int64_t j = at + half * LANES;
-                store(scores.data() + i * padded + j,
-                      Screen::value(c[i][half]) * (all(tokens.unit[token0 + i]) * load(block.unit.data() + j)) + load(block.bias.data() + j));
-            }
-    }
     for (int i = 0; i < held; i++) {
         const int64_t token = token0 + i, place = first + token;
         const float* of = scores.data() + i * padded;
         const float slack = tokens.missed[token] * block.longest + tokens.norm[token] * block.worst;
-        for (int64_t j = 0; j < groups; j += LANES) {
-            Floats most = load(of + j);
-            for (int64_t other = j + groups; other < padded; other += groups) most = load(of + other) > most ? load(of + other) : most;
-            store(best + j, most);
-        }
-        std::nth_element(best, best + rank - 1, best + groups, [](float a, float b) { return a > b; });
-        keep.guess(place, best[rank - 1] - slack);
+        keep.guess(place, rank_of_groups(of, padded, rank, best) - slack);
         const Floats limit = all(keep.limits[place] - slack);
         int32_t count = 0;
         for (int64_t at = 0; at < padded; at += LANES)

@@ -94,10 +94,12 @@ struct Block {
         : most(most), packed(most * words), scratch(width), unit(most), bias(most), norm(most), missed(most), limits(most), start(most),
           row(most) {}
 
+    int64_t padded() const { return (size + PANEL - 1) / PANEL * PANEL; }
+
     // `count` latents, every `stride`-th from `first`: neighbours are often alike, and a guess needs a fair sample.
     bool fill(const Problem& problem, int64_t first, int64_t stride, int64_t count, int64_t words, const float* threshold) {
         size = count;
-        const int64_t padded = (size + PANEL - 1) / PANEL * PANEL;
+        const int64_t padded = this->padded();
         bool finite = true;
         longest = worst = 0;
         for (int64_t j = 0; j < padded; j++) {
@@ -142,6 +144,40 @@ static inline __attribute__((always_inline)) void multiply(const typename Screen
             c[i][1] = Screen::step(c[i][1], a[i], b + LANES);
         }
     }
+}
+
+// Screened scores of a tile of tokens with a block, [TILE_TOKENS, block.padded()], and a row of room behind them, which is returned.
+template <class Screen>
+static inline float* tile_scores(const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, std::vector<float>& scores) {
+    const int64_t padded = block.padded(), token0 = tile * TILE_TOKENS;
+    scores.resize((TILE_TOKENS + 1) * padded);
+    for (int64_t at = 0; at < block.size; at += PANEL) {
+        typename Screen::sums c[TILE_TOKENS][2];
+        multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
+                         tokens.words, c);
+#pragma GCC unroll 12
+        for (int i = 0; i < TILE_TOKENS; i++)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                const int64_t j = at + half * LANES;
+                store(scores.data() + i * padded + j,
+                      Screen::value(c[i][half]) * (all(tokens.unit[token0 + i]) * load(block.unit.data() + j)) + load(block.bias.data() + j));
+            }
+    }
+    return scores.data() + TILE_TOKENS * padded;
+}
+
+// Of the largest score of each group the rank-th: no larger than that of all scores, and there are fewer to sort.
+static inline float rank_of_groups(const float* z, int64_t padded, int64_t rank, float* best) {
+    int64_t groups = padded;
+    while (groups % (2 * LANES) == 0 && groups >= 8 * rank) groups /= 2;
+    for (int64_t j = 0; j < groups; j += LANES) {
+        Floats most = load(z + j);
+        for (int64_t other = j + groups; other < padded; other += groups) most = load(z + other) > most ? load(z + other) : most;
+        store(best + j, most);
+    }
+    std::nth_element(best, best + rank - 1, best + groups, [](float a, float b) { return a > b; });
+    return best[rank - 1];
 }
 
 }  // namespace
