@@ -37,7 +37,7 @@ import torch
 
 import saebench as sb
 from evals.page import replace
-from evals.shared import HERE
+from evals.shared import HERE, pyplot
 from saebench.circuits.graphs.edge_effects import (
     BAR,
     ENOUGH,
@@ -319,13 +319,7 @@ def costs_table(rows: Sequence[dict[str, float]]) -> str:
 
 
 def figure(columns: int) -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "saebench"
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(1, columns, figsize=(4.6 * columns, 4.2), layout="constrained", squeeze=False)
+    return pyplot().subplots(1, columns, figsize=(4.6 * columns, 4.2), layout="constrained", squeeze=False)
 
 
 def draw_effects(prompts: list[EdgeEffects], path: Path) -> None:

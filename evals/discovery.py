@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from evals.page import ROOT
-from evals.shared import HERE
+from evals.shared import HERE, pyplot
 from evals.tasks import TASKS, Task
 from saebench.circuits.discovery.discrete import DiscreteCircuit, discrete_circuit
 from saebench.circuits.discovery.edge_circuits import FeatureCircuit, edge_curve, exact_feature_edges, feature_edge_curve
@@ -243,14 +243,9 @@ def edges_of_latents(
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Curves under resample ablation, a row a task and a column a level: the circuit alone solid, everything else dashed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "saebench"
-    import matplotlib.pyplot as plt
-
     from saebench.figures.plots import PALETTE
 
+    plt = pyplot()
     shown = [found for found in results.values() if found["patch"] == "resample"]
     levels = list(dict.fromkeys(curve["level"] for found in shown for curve in found["curves"]))
     if not shown:

@@ -7,6 +7,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from evals.shared import pyplot
+from saebench.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architectures.md"
 FIGURE = ROOT / "docs" / "images" / "pareto.svg"
@@ -93,14 +96,10 @@ def interval(values: list[float]) -> tuple[float, float]:
 def draw(plan: dict[str, Any], results: dict[str, Any]) -> None:
     """FVU against L0 on the bundled model's activations, one line an architecture."""
     try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed, so the figure is not drawn: pip install 'saebench[evals]'")
+        plt = pyplot()
+    except UserError as error:
+        print(error)
         return
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "saebench"  # the same file for the same figures
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(9, 5.5))
     colours = plt.get_cmap("tab20")
     for number, entry in enumerate(plan["dictionaries"]):

@@ -55,6 +55,19 @@ def differs(a: list[float], b: list[float]) -> str:
     return "equal within noise" if abs(difference) <= 2 * error else "less" if difference < 0 else "more"
 
 
+def pyplot() -> Any:
+    """matplotlib's, without a window, which writes the same file for the same figures. Raises UserError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise sb.UserError("matplotlib is not installed, so the figure is not drawn: pip install 'saebench[evals]'") from None
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "saebench"
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     return work(), time.perf_counter() - started

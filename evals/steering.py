@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import saebench as sb
 from evals.concepts import Concept, of_python, of_stories
 from evals.page import ROOT, replace
-from evals.shared import HERE
+from evals.shared import HERE, pyplot
 from saebench.figures.steering import dose_table, reading, write_page
 from saebench.lm import Text
 from saebench.progress import say
@@ -128,14 +128,9 @@ def best_controls(rows: list[dict[str, str]], target: str) -> list[dict[str, str
 
 def draw(effects: Effects, path: Path) -> None:
     """Target, perplexity and KL over strength: selections in colour, baselines dashed, controls grey."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "saebench"
-    import matplotlib.pyplot as plt
-
     from saebench.figures.plots import PALETTE
 
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, 4.2), layout="constrained")
     colours: dict[str, str] = {}
     for axis, (panel, title) in zip(axes, PANELS.items(), strict=True):
