@@ -116,6 +116,35 @@ def test_topk_on_hard_data(case, bits):
         assert_same_selection((indices, values), (order, wanted, z), z, 6)
 
 
+@pytest.mark.parametrize("k", [1, 6, 40])
+def test_more_within_the_error_of_the_screen_than_there_is_room_for(k, bits):
+    """Three directions in a thousand copies each, all but a few of which differ by less than any screen can see."""
+    x, few = draw(50, 24).abs(), draw(3, 24, seed=1).abs()
+    W = few.repeat(1000, 1) * (1 + 1e-5 * draw(3000, 1, seed=2))
+    W[::500] *= 1.5
+    b = torch.zeros(3000)
+    indices, values = cpu.topk(x, W, b, None, k, None)
+    order, wanted, z = expected_topk(x, W, b, None, k)
+    torch.testing.assert_close(values.double(), wanted, rtol=1e-6, atol=0)
+    for token in range(50):
+        picked = z[token, indices[token].long()]
+        assert indices[token].unique().numel() == k
+        assert float(picked.min()) >= float(wanted[token, -1]) * (1 - 2e-6)  # nothing was left out that float32 can tell apart
+
+
+def test_large_biases_do_not_hide_a_latent(bits):
+    x, W, b = draw(60, 16), draw(2000, 16, seed=1), 1e4 * draw(2000, seed=2)
+    expected = expected_topk(x, W, b, None, 5)
+    assert_same_selection(cpu.topk(x, W, b, None, 5, None), expected, expected[2], 5)
+
+
+def test_more_tokens_than_are_at_work_at_once(bits):
+    """The room for what contends is bounded: with k 60 for some 3,500 tokens."""
+    x, W, b = draw(7500, 8), draw(480, 8, seed=1), 0.1 * draw(480, seed=2)
+    expected = expected_topk(x, W, b, None, 60)
+    assert_same_selection(cpu.topk(x, W, b, None, 60, None), expected, expected[2], 60)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_above_lists_what_exceeds_its_threshold(shape, bits):
     tokens, d_in, d_sae, _ = shape

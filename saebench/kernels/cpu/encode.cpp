@@ -4,45 +4,77 @@
 // trace. Scores are screened in few bits: tokens and latents are rounded to 8 or 16 bit integers with a known error, so a score
 // has an upper bound by Cauchy-Schwarz:
 //     z = (x . w + b) s,   |x . w - x~ . w~| <= |x - x~| |w| + |x| |w - w~|
-// and only where the bound reaches what a token still has room for, x . w is computed in float32, by `dot`. So what is selected, and
-// its value, does not depend on the bits of the screen, on the number of threads or on the order of the blocks.
-#include "scan.h"
+// and x . w is computed in float32, by `dot`, only where the bound reaches what a latent must have (`Above`) or what is at last among the
+// best of a token (`Contenders`). So what is selected, and its value, does not depend on the bits of the screen, on the number of threads or
+// on the order of the blocks.
+#include "contenders.h"
 
 namespace {
 
 constexpr int64_t BATCH_BYTES = 8 << 20;  // of packed latents that all tokens pass over before the next are packed
+constexpr int64_t ROOM_BYTES = 32 << 20;  // for what contends in all tokens that are at work
 constexpr int GROUP_TILES = 8;            // tiles of tokens that one thread takes at a time
 
-// What passed the screen, for each token of a tile, until its scores are computed all at once.
-struct Pending {
-    int64_t most;
-    int thread;
-    std::vector<int32_t> rows;
-    std::vector<float> z;
-    int32_t counts[TILE_TOKENS] = {};
-    int64_t computed = 0;
+// All entries above a threshold of each latent, as each thread finds them.
+struct Above {
+    struct Found {
+        int32_t token, latent;
+        float value;
+    };
+    // What passed the screen, for each token of a tile, until its scores are computed all at once.
+    struct Own {
+        int64_t most;
+        std::vector<int32_t> latents, counts;
+        std::vector<float> z;
+        std::vector<Found>& found;
+        int64_t computed = 0;
+        double share = 0;
+        Own(Above& keep, int64_t most, int thread)
+            : most(most + LANES), latents(TILE_TOKENS * this->most), counts(TILE_TOKENS), z(this->most), found(keep.found[thread]) {}
+    };
+    const float* threshold;  // [F]
+    std::vector<std::vector<Found>> found;
 
-    Pending(int64_t most, int thread) : most(most), thread(thread), rows(TILE_TOKENS * most), z(most) {}
-    void add(int i, int32_t row) { rows[i * most + counts[i]++] = row; }
-    template <class Keep>
-    void settle(const Problem& problem, int64_t token, int i, Keep& keep) {
-        const int32_t *of = rows.data() + i * most, count = counts[i];
-        problem.scores(token, of, count, z.data());
-        for (int32_t j = 0; j < count; j++) keep.offer(token, of[j], z[j], thread);
-        counts[i] = 0;
-        computed += count;
+    Above(const float* threshold, int threads) : threshold(threshold), found(threads) {}
+
+    template <class Screen>
+    Floats limit(int64_t, const Block<Screen>& block, int64_t j) const { return load(block.limits.data() + j); }
+    void add(Own& own, const Problem&, int64_t token, uint32_t bits, Floats, Floats, Ints numbers) {
+        const int64_t i = token % TILE_TOKENS;
+        compress(own.latents.data() + i * own.most + own.counts[i], numbers, bits);
+        own.counts[i] += __builtin_popcount(bits);
+    }
+    // A token has passed over a block.
+    void close(Own& own, const Problem& problem, int64_t token) {
+        const int64_t i = token % TILE_TOKENS, count = own.counts[i];
+        const int32_t* of = own.latents.data() + i * own.most;
+        problem.scores(token, of, count, own.z.data());
+        for (int64_t j = 0; j < count; j++)
+            if (own.z[j] > threshold[of[j]]) own.found.push_back({(int32_t)token, of[j], own.z[j]});
+        own.counts[i] = 0;
+        own.computed += count;
     }
 };
 
+// A token takes the latents at the set bits among those from the j-th of a block on.
 template <class Screen, class Keep>
-void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Pending& pending, Keep& keep) {
+void take(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t token, int64_t j, uint32_t bits,
+          Floats most, Keep& keep, typename Keep::Own& own) {
+    const Floats slack = all(tokens.missed[token]) * load(block.norm.data() + j) + all(tokens.norm[token]) * load(block.missed.data() + j);
+    keep.add(own, problem, token, bits, most, slack + slack + load(block.vague.data() + j), load(block.row.data() + j));
+}
+
+// A tile of tokens passes over a block.
+template <class Screen, class Keep>
+void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Keep& keep, typename Keep::Own& own) {
     const int64_t token0 = tile * TILE_TOKENS;
     const int rows = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
     for (int64_t at = 0; at < block.size; at += PANEL) {
         typename Screen::sums c[TILE_TOKENS][2];
         multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
                          tokens.words, c);
-        uint32_t bits[TILE_TOKENS][2];
+        Floats most[TILE_TOKENS][2];
+        uint32_t bits[TILE_TOKENS][2], any = 0;
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             const int64_t j = at + half * LANES;
@@ -50,46 +82,42 @@ void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
                          block_norm = load(block.norm.data() + j), block_missed = load(block.missed.data() + j);
 #pragma GCC unroll 12
             for (int i = 0; i < TILE_TOKENS; i++) {
-                const int64_t token = token0 + (i < rows ? i : 0);
+                const int64_t token = token0 + i;
                 const Floats slack = all(tokens.missed[token]) * block_norm + all(tokens.norm[token]) * block_missed;
-                const Floats most = Screen::value(c[i][half]) * (all(tokens.unit[token]) * block_unit) + (block_bias + slack);
-                if constexpr (std::is_same_v<Keep, Best>)
-                    bits[i][half] = at_least(most, all(keep.limits[token]));
-                else
-                    bits[i][half] = at_least(most, load(block.limits.data() + j));
+                most[i][half] = Screen::value(c[i][half]) * (all(tokens.unit[token]) * block_unit) + (block_bias + slack);
+                bits[i][half] = at_least(most[i][half], keep.limit(token, block, j));
+                any |= (uint32_t)(bits[i][half] != 0) << i;
             }
         }
-        for (int i = 0; i < rows; i++)
-            for (uint64_t left = bits[i][0] | (uint64_t)bits[i][1] << LANES; left; left &= left - 1)
-                pending.add(i, block.row[at + __builtin_ctzll(left)]);
+        for (any &= (1u << rows) - 1; any; any &= any - 1) {
+            const int i = __builtin_ctz(any);
+            for (int half = 0; half < 2; half++)
+                if (bits[i][half]) take(problem, tokens, block, token0 + i, at + half * LANES, bits[i][half], most[i][half], keep, own);
+        }
     }
-    for (int i = 0; i < rows; i++) pending.settle(problem, token0 + i, i, keep);
+    for (int i = 0; i < rows; i++) keep.close(own, problem, token0 + i);
 }
 
-// The first block, for `Best`: nothing is known of a token yet, so scores are written down, and what is likely to be enough is read off
-// from them.
+// The first block, for `Contenders`: nothing is known of a token yet, so scores are written down, and what is likely to be enough is read
+// off from them.
 template <class Screen>
-void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Pending& pending, Best& keep,
-                std::vector<float>& scores) {
+void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Contenders& keep,
+                Contenders::Own& own, std::vector<float>& scores) {
     const int64_t padded = block.padded(), token0 = tile * TILE_TOKENS;
     const int64_t rank = std::min(block.size, safe_rank(keep.k, (double)block.size / problem.num));
-    const bool certain = rank == keep.k;
     float* best = tile_scores<Screen>(tokens, block, tile, scores);
-    const int rows = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
-    for (int i = 0; i < rows; i++) {
-        const int64_t token = token0 + i;
-        const float* z = scores.data() + i * padded;
-        const float slack = tokens.missed[token] * block.longest + tokens.norm[token] * block.worst;
+    for (int64_t token = token0; token < std::min(problem.tokens, token0 + TILE_TOKENS); token++) {
+        const float* z = scores.data() + (token - token0) * padded;
         const float ranked = rank_of_groups(z, padded, rank, best);
-        if (certain)
-            keep.limits[token] = std::max(keep.limits[token], ranked - slack);
-        else
+        if (rank < keep.k)
             keep.guess(token, ranked);
-        const Floats limit = all(keep.limits[token] - slack);
-        for (int64_t at = 0; at < padded; at += LANES)
-            for (uint32_t left = at_least(load(z + at), limit); left; left &= left - 1)
-                pending.add(i, block.row[at + __builtin_ctz(left)]);
-        pending.settle(problem, token, i, keep);
+        else
+            keep.limits[token] = std::max(0.f, ranked - (tokens.missed[token] * block.longest + tokens.norm[token] * block.worst));
+        for (int64_t j = 0; j < padded; j += LANES) {
+            const Floats most = load(z + j) + all(tokens.missed[token]) * load(block.norm.data() + j) +
+                                all(tokens.norm[token]) * load(block.missed.data() + j);
+            if (const uint32_t bits = at_least(most, all(keep.limits[token]))) take(problem, tokens, block, token, j, bits, most, keep, own);
+        }
     }
 }
 
@@ -105,7 +133,7 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
     int64_t count = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : count)
     {
-        Pending pending(most, omp_get_thread_num());
+        typename Keep::Own own(keep, most, omp_get_thread_num());
         std::vector<float> scores;
         for (int64_t first = 0; first < num_blocks && finite; first += blocks.size()) {
             const int64_t held = std::min<int64_t>(blocks.size(), num_blocks - first);
@@ -113,8 +141,8 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < held; i++) {
                 if (!blocks[i]) blocks[i] = std::make_unique<Block<Screen>>(most, tokens.words, problem.width);
-                const int64_t own = (problem.num - first - i + num_blocks - 1) / num_blocks;
-                good = blocks[i]->fill(problem, first + i, num_blocks, own, tokens.words, threshold) && good;
+                const int64_t of_block = (problem.num - first - i + num_blocks - 1) / num_blocks;
+                good = blocks[i]->fill(problem, first + i, num_blocks, of_block, tokens.words, threshold) && good;
             }
             if (!good) {
 #pragma omp atomic write
@@ -126,21 +154,22 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
             for (int64_t group = 0; group < tokens.tiles; group += GROUP_TILES)
                 for (int64_t i = 0; i < held; i++) {
                     const int64_t done = first + i + 1, end = std::min(tokens.tiles, group + GROUP_TILES);
+                    own.share = (double)done / num_blocks;
                     for (int64_t tile = group; tile < end; tile++) {
-                        if constexpr (std::is_same_v<Keep, Best>)
+                        if constexpr (std::is_same_v<Keep, Contenders>)
                             if (keep.guessing && done == 1) {
-                                first_pass(problem, tokens, *blocks[i], tile, pending, keep, scores);
+                                first_pass(problem, tokens, *blocks[i], tile, keep, own, scores);
                                 continue;
                             }
-                        pass(problem, tokens, *blocks[i], tile, pending, keep);
+                        pass(problem, tokens, *blocks[i], tile, keep, own);
                     }
-                    if constexpr (std::is_same_v<Keep, Best>)
+                    if constexpr (std::is_same_v<Keep, Contenders>)
                         if (keep.guessing && done > 1 && (done & (done - 1)) == 0)
                             for (int64_t token = group * TILE_TOKENS; token < std::min(problem.tokens, end * TILE_TOKENS); token++)
-                                keep.look_back(token, (double)done / num_blocks);
+                                keep.look_back(token, own.share);
                 }
         }
-        count += pending.computed;
+        count += own.computed;
     }
     computed += count;
     return finite;
@@ -160,20 +189,45 @@ bool run_screened(int bits, const Problem& problem, int threads, Keep& keep, con
 // The k best of every token; with `guessing`, `again` are tokens for which a guess was too high.
 bool best(const Problem& problem, int64_t k, int bits, int threads, bool guessing, float* values, int32_t* indices,
           std::vector<int64_t>& again, int64_t& computed) {
-    Best keep(problem.tokens, k, guessing);
+    Contenders keep(problem.tokens, k, guessing);
     if (!run_screened(bits, problem, threads, keep, nullptr, computed)) return false;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t token = 0; token < problem.tokens; token++) {
-        Entry* found = &keep.entries[token * keep.room];
-        const int64_t count = std::min<int64_t>(k, keep.sizes[token]);
-        std::partial_sort(found, found + count, found + keep.sizes[token], before);
-        for (int64_t j = 0; j < k; j++) {
-            values[token * k + j] = j < count ? found[j].value : 0.f;
-            indices[token * k + j] = j < count ? found[j].latent : (int32_t)problem.row(0);
+    int64_t settled = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : settled)
+    {
+        Contenders::Own own(keep, 0, 0);
+#pragma omp for schedule(static)
+        for (int64_t token = 0; token < problem.tokens; token++) {
+            const int64_t count = keep.settle(own, problem, token);
+            for (int64_t j = 0; j < k; j++) {
+                values[token * k + j] = j < count ? score_of(own.best[j]) : 0.f;
+                indices[token * k + j] = j < count ? latent_of(own.best[j]) : (int32_t)problem.row(0);
+            }
         }
+        settled += own.computed;
     }
+    computed += settled;
     for (int64_t token = 0; token < problem.tokens; token++)
         if (keep.guesses[token] > 0 && values[token * k + k - 1] < keep.guesses[token]) again.push_back(token);
+    return true;
+}
+
+// The same for all tokens, until nothing has to be done again.
+bool all_best(const Problem& problem, int64_t k, int bits, int threads, float* values, int32_t* indices, int64_t& computed) {
+    std::vector<int64_t> again;
+    if (!best(problem, k, bits, threads, true, values, indices, again, computed)) return false;
+    if (again.empty()) return true;
+    std::vector<float> x_again(again.size() * problem.width), values_again(again.size() * k);
+    std::vector<int32_t> indices_again(again.size() * k);
+    for (size_t i = 0; i < again.size(); i++) std::memcpy(&x_again[i * problem.width], problem.x + again[i] * problem.width, problem.width * sizeof(float));
+    Problem rest = problem;
+    rest.x = x_again.data();
+    rest.tokens = (int64_t)again.size();
+    std::vector<int64_t> none;
+    best(rest, k, bits, threads, false, values_again.data(), indices_again.data(), none, computed);
+    for (size_t i = 0; i < again.size(); i++) {
+        std::memcpy(values + again[i] * k, &values_again[i * k], k * sizeof(float));
+        std::memcpy(indices + again[i] * k, &indices_again[i * k], k * sizeof(int32_t));
+    }
     return true;
 }
 
@@ -195,25 +249,13 @@ int saebench_screen_bits() {
 // Values and indices [B, K], best first. Returns how many scores were computed in float32, or -1 where x, w, b are not finite.
 int64_t saebench_topk(const float* x, const float* w, const float* b, const float* scale, const int32_t* latents, int64_t tokens,
                       int64_t width, int64_t num, int64_t k, int bits, int threads, float* values, int32_t* indices) {
-    const Problem problem{x, w, b, scale, latents, tokens, width, num};
+    const int64_t at_once = std::max<int64_t>(GROUP_TILES * TILE_TOKENS * threads, ROOM_BYTES / (12 * Contenders::room_for(k)));
     int64_t computed = 0;
-    std::vector<int64_t> again;
-    const bool finite = best(problem, k, bits, threads, true, values, indices, again, computed);
-    if (finite && !again.empty()) {
-        std::vector<float> x_again(again.size() * width), values_again(again.size() * k);
-        std::vector<int32_t> indices_again(again.size() * k);
-        for (size_t i = 0; i < again.size(); i++) std::memcpy(&x_again[i * width], x + again[i] * width, width * sizeof(float));
-        Problem rest = problem;
-        rest.x = x_again.data();
-        rest.tokens = (int64_t)again.size();
-        std::vector<int64_t> none;
-        best(rest, k, bits, threads, false, values_again.data(), indices_again.data(), none, computed);
-        for (size_t i = 0; i < again.size(); i++) {
-            std::memcpy(values + again[i] * k, &values_again[i * k], k * sizeof(float));
-            std::memcpy(indices + again[i] * k, &indices_again[i * k], k * sizeof(int32_t));
-        }
+    for (int64_t first = 0; first < tokens; first += at_once) {
+        const Problem problem{x + first * width, w, b, scale, latents, std::min(at_once, tokens - first), width, num};
+        if (!all_best(problem, k, bits, threads, values + first * k, indices + first * k, computed)) return -1;
     }
-    return finite ? computed : -1;
+    return computed;
 }
 
 typedef Above Selection;
@@ -234,14 +276,14 @@ Selection* saebench_above(const float* x, const float* w, const float* b, const 
 // Copies the entries, ascending in each row, and frees the selection.
 void saebench_take(Selection* taken, int64_t tokens, const int64_t* offsets, int threads, int32_t* indices, float* values) {
     std::unique_ptr<Selection> selection(taken);
-    std::vector<Entry> entries(offsets[tokens]);
+    std::vector<Above::Found> entries(offsets[tokens]);
     std::vector<int64_t> next(offsets, offsets + tokens);
     for (const auto& part : selection->found)
-        for (const auto& each : part) entries[next[each.token]++] = each.entry;
+        for (const auto& each : part) entries[next[each.token]++] = each;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t token = 0; token < tokens; token++) {
         std::sort(entries.begin() + offsets[token], entries.begin() + offsets[token + 1],
-                  [](const Entry& a, const Entry& b) { return a.latent < b.latent; });
+                  [](const Above::Found& a, const Above::Found& b) { return a.latent < b.latent; });
         for (int64_t e = offsets[token]; e < offsets[token + 1]; e++) indices[e] = entries[e].latent, values[e] = entries[e].value;
     }
 }

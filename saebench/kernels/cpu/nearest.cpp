@@ -10,7 +10,49 @@
 
 namespace {
 
-// As `safe_rank`, but less safe: a row that is done again costs twice what it would have cost, and the others gain.
+struct Entry {
+    float value;
+    int32_t latent;
+};
+static inline bool before(const Entry& a, const Entry& b) {  // the total order of selection
+    return a.value > b.value || (a.value == b.value && a.latent < b.latent);
+}
+
+// The k best of each row so far, and some that were among them once. A product matters where it reaches `limit`, which rises to the k-th
+// best, and sooner by a guess from the blocks seen; where the guess was too high, which the end shows, the row is done again.
+struct Best {
+    int64_t k, room;
+    std::vector<float> limits, guesses;
+    std::vector<Entry> entries;
+    std::vector<int32_t> sizes;
+
+    Best(int64_t tokens, int64_t k) : k(k), room(2 * k + 32), limits(tokens), guesses(tokens), entries(tokens * room), sizes(tokens) {}
+    void guess(int64_t token, float value) {
+        guesses[token] = std::max(guesses[token], value);
+        limits[token] = std::max(limits[token], value);
+    }
+    void offer(int64_t token, int64_t row, float z) {
+        if (!(z > 0 && z >= limits[token])) return;
+        Entry* found = entries.data() + token * room;
+        found[sizes[token]++] = {z, (int32_t)row};
+        if (sizes[token] == room) {
+            std::nth_element(found, found + k - 1, found + room, before);
+            sizes[token] = (int32_t)k;
+            limits[token] = std::max(limits[token], found[k - 1].value);
+        }
+    }
+    void look_back(int64_t token, int64_t rank) {
+        if (sizes[token] < rank) return;
+        Entry* found = entries.data() + token * room;
+        std::nth_element(found, found + rank - 1, found + sizes[token], before);
+        if (rank < k)
+            guess(token, found[rank - 1].value);
+        else
+            limits[token] = std::max(limits[token], found[rank - 1].value);
+    }
+};
+
+// As `safe_rank` (contenders.h), but less safe: a row that is done again costs twice what it would have cost, and the others gain.
 int64_t likely_rank(int64_t k, double share) {
     const double expected = k * share;
     return std::min<int64_t>(k, (int64_t)(expected + 2.5 * std::sqrt(expected) + 2));
@@ -74,7 +116,7 @@ void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
         computed += counts[i];
         for (int32_t n = 0; n < counts[i]; n++) {
             if (z[n] > 0 && z[n] >= keep.limits[first + token]) found.push_back({(int32_t)token, {z[n], number[of[n]]}});
-            if (to_block) keep.offer(of[n], number[first + token], z[n], 0);
+            if (to_block) keep.offer(of[n], number[first + token], z[n]);
         }
     }
 }
@@ -99,7 +141,7 @@ void sample(const Problem& problem, const Tokens<Screen>& tokens, const Block<Sc
             for (uint32_t left = at_least(load(of + at), limit); left; left &= left - 1)
                 places[count++] = block.row[at + __builtin_ctz(left)];
         problem.scores(token, places.data(), count, z.data());
-        for (int32_t n = 0; n < count; n++) keep.offer(place, number[places[n]], z[n], 0);
+        for (int32_t n = 0; n < count; n++) keep.offer(place, number[places[n]], z[n]);
         computed += count;
     }
 }
@@ -148,7 +190,7 @@ bool run(const Rows& all_rows, const float* zeros, int threads, Best& keep, int6
                          total);
         }
         for (auto& part : found) {
-            for (const Found& each : part) keep.offer(a * size + each.token, each.entry.latent, each.entry.value, 0);
+            for (const Found& each : part) keep.offer(a * size + each.token, each.entry.latent, each.entry.value);
             part.clear();
         }
         const int64_t done = a + 1, rank = likely_rank(keep.k, (double)done / num_blocks);
@@ -173,7 +215,7 @@ int64_t saebench_nearest(const float* w, const int32_t* number, const float* zer
     constexpr int64_t STEP = std::lcm((int64_t)TILE_TOKENS, (int64_t)PANEL);
     const int64_t row_bytes = width * bits / 8;
     const Rows rows{w, number, num, width, std::max<int64_t>(STEP, std::min<int64_t>(BLOCK_LATENTS, BLOCK_BYTES / row_bytes) / STEP * STEP)};
-    Best keep(rows.blocks() * rows.size, k, true);
+    Best keep(rows.blocks() * rows.size, k);
     bool finite;
 #if defined(BYTES_AND_PAIRS)
     if (bits == 8) finite = run<Bytes>(rows, zeros, threads, keep, *computed);

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "screen.h"
-#include "select.h"
 #include "simd.h"
 
 namespace {
@@ -26,8 +25,9 @@ struct Problem {
         const float* x_row = x + token * width;
         int64_t i = 0;
         for (; i + 4 <= count; i += 4) {
-            const float* of[4] = {w + rows[i] * width, w + rows[i + 1] * width, w + rows[i + 2] * width, w + rows[i + 3] * width};
-            dots<4>(x_row, of, width, z + i);
+            const float *of[4], *later[4];
+            for (int64_t j = 0; j < 4; j++) of[j] = w + rows[i + j] * width, later[j] = w + rows[std::min(i + 4 + j, count - 1)] * width;
+            dots<4>(x_row, of, width, z + i, later);
         }
         for (; i < count; i++) z[i] = dot(x_row, w + rows[i] * width, width);
         for (i = 0; i < count; i++) z[i] = scale ? (z[i] + b[rows[i]]) * scale[rows[i]] : z[i] + b[rows[i]];
@@ -84,15 +84,15 @@ struct Tokens {
 template <class Screen>
 struct Block {
     int64_t size = 0, most;
-    Aligned<typename Screen::word> packed;     // [panel][word][latent of the panel]
+    Aligned<typename Screen::word> packed, flat;  // [panel][word][latent of the panel]; of one panel [latent][word]
     Aligned<typename Screen::element> scratch;
-    std::vector<float> unit, bias, norm, missed, limits;
-    std::vector<int32_t> start, row;           // what sums begin with; which row of the matrix
+    std::vector<float> unit, bias, norm, missed, vague, limits;  // `vague`: how much the bias widens the bounds of a score
+    std::vector<int32_t> start, row;                             // what sums begin with; which row of the matrix
     float longest = 0, worst = 0;              // the largest of norm and missed
 
     Block(int64_t most, int64_t words, int64_t width)
-        : most(most), packed(most * words), scratch(width), unit(most), bias(most), norm(most), missed(most), limits(most), start(most),
-          row(most) {}
+        : most(most), packed(most * words), flat(PANEL * words), scratch(width), unit(most), bias(most), norm(most), missed(most),
+          vague(most), limits(most), start(most), row(most) {}
 
     int64_t padded() const { return (size + PANEL - 1) / PANEL * PANEL; }
 
@@ -103,29 +103,41 @@ struct Block {
         bool finite = true;
         longest = worst = 0;
         for (int64_t j = 0; j < padded; j++) {
-            auto* to = packed.data + j / PANEL * PANEL * words + j % PANEL;
+            auto* to = flat.data + j % PANEL * words;
             if (j >= size) {
-                for (int64_t g = 0; g < words; g++) to[g * PANEL] = 0;
-                unit[j] = norm[j] = missed[j] = 0;
+                std::fill(to, to + words, 0);
+                unit[j] = norm[j] = missed[j] = vague[j] = 0;
                 bias[j] = -INFINITY;
                 limits[j] = INFINITY;
                 start[j] = 0;
-                continue;
+            } else {
+                const int64_t f = row[j] = (int32_t)problem.row(first + j * stride);
+                const float* next = problem.w + problem.row(first + std::min(j + 1, size - 1) * stride) * problem.width;
+                for (int64_t p = 0; p < problem.width; p += 16) __builtin_prefetch(next + p);
+                const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, to, 1, scratch.data, false);
+                const float scale = problem.scale ? problem.scale[f] : 1.f, b = problem.b[f] * scale;
+                unit[j] = made.unit * scale;
+                norm[j] = made.norm * scale;
+                missed[j] = made.missed * scale;
+                bias[j] = b + std::fabs(b) * 1e-6f;
+                vague[j] = std::fabs(b) * 4e-6f;
+                limits[j] = threshold ? threshold[f] : 0.f;
+                start[j] = Screen::SHIFTED ? -128 * made.total : 0;
+                longest = std::max(longest, norm[j]);
+                worst = std::max(worst, missed[j]);
+                finite = finite && made.finite && std::isfinite(b);
             }
-            const int64_t f = row[j] = (int32_t)problem.row(first + j * stride);
-            const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, to, PANEL, scratch.data, false);
-            const float scale = problem.scale ? problem.scale[f] : 1.f, b = problem.b[f] * scale;
-            unit[j] = made.unit * scale;
-            norm[j] = made.norm * scale;
-            missed[j] = made.missed * scale;
-            bias[j] = b + std::fabs(b) * 1e-6f;
-            limits[j] = threshold ? threshold[f] : 0.f;
-            start[j] = Screen::SHIFTED ? -128 * made.total : 0;
-            longest = std::max(longest, norm[j]);
-            worst = std::max(worst, missed[j]);
-            finite = finite && made.finite && std::isfinite(b);
+            if (j % PANEL == PANEL - 1) turn(packed.data + j / PANEL * PANEL * words, words);
         }
         return finite;
+    }
+
+    // The rows of a panel side by side, some words at a time, so that what is written stays in the first-level cache.
+    void turn(typename Screen::word* to, int64_t words) const {
+        constexpr int64_t AT_ONCE = 64;
+        for (int64_t g = 0; g < words; g += AT_ONCE)
+            for (int64_t j = 0; j < PANEL; j++)
+                for (int64_t word = g; word < std::min(words, g + AT_ONCE); word++) to[word * PANEL + j] = flat.data[j * words + word];
     }
 };
 
@@ -167,7 +179,7 @@ static inline float* tile_scores(const Tokens<Screen>& tokens, const Block<Scree
     return scores.data() + TILE_TOKENS * padded;
 }
 
-// Of the largest score of each group the rank-th: no larger than that of all scores, and there are fewer to sort.
+// A score that at least `rank` of all reach, or 0: read off from the largest of each group, of which there are fewer.
 static inline float rank_of_groups(const float* z, int64_t padded, int64_t rank, float* best) {
     int64_t groups = padded;
     while (groups % (2 * LANES) == 0 && groups >= 8 * rank) groups /= 2;
@@ -176,8 +188,9 @@ static inline float rank_of_groups(const float* z, int64_t padded, int64_t rank,
         for (int64_t other = j + groups; other < padded; other += groups) most = load(z + other) > most ? load(z + other) : most;
         store(best + j, most);
     }
-    std::nth_element(best, best + rank - 1, best + groups, [](float a, float b) { return a > b; });
-    return best[rank - 1];
+    float limit = 0;
+    reached_by(best, groups, rank, limit);
+    return limit;
 }
 
 }  // namespace

@@ -36,12 +36,20 @@ static inline Floats all(float x) { return x - Floats{}; }
 static inline Ints all(int32_t x) { return x - Ints{}; }
 static inline Floats to_floats(Ints v) { return __builtin_convertvector(v, Floats); }
 
+// In one order, whatever the instructions: halves onto each other.
 static inline float sum(Floats v) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float part[LANES];
     store(part, v);
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; i++) part[i] += part[i + width];
     return part[0];
+#endif
 }
 
 // Bit i is set where v[i] >= limit[i]; never for NaN.
@@ -57,15 +65,57 @@ static inline uint32_t at_least(Floats v, Floats limit) {
 #endif
 }
 
+// The lowest `n` bits of LANES, n > 0.
+static inline uint32_t below(int64_t n) { return n >= LANES ? (1u << LANES) - 1 : (1u << n) - 1; }
+
+// The elements at the set bits, one after the other. Up to LANES elements are written, whatever their number.
+template <class T, class Vector>
+static inline void compress(T* to, Vector v, uint32_t bits) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    const __m512i packed = _mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)v);
+    std::memcpy(to, &packed, sizeof packed);
+#else
+    for (; bits; bits &= bits - 1) *to++ = v[__builtin_ctz(bits)];
+#endif
+}
+
+// Raises `limit` to a value that at least `rank` of n values reach, close to the largest such; false where fewer reach it as it is. Ten
+// halvings of what lies between it and the largest value take a fraction of the time of sorting. Reads whole vectors.
+static inline bool reached_by(const float* values, int64_t n, int64_t rank, float& limit) {
+    const auto reaching = [&](float least) {
+        int64_t count = 0;
+        const Floats bound = all(least);
+        for (int64_t j = 0; j < n; j += LANES) count += __builtin_popcount(at_least(load(values + j), bound) & below(n - j));
+        return count;
+    };
+    if (n < rank || reaching(limit) < rank) return false;
+    Floats most = all(limit);
+    int64_t j = 0;
+    for (; j + LANES <= n; j += LANES) most = load(values + j) > most ? load(values + j) : most;
+    float high = limit;
+    for (; j < n; j++) high = values[j] > high ? values[j] : high;
+    for (int i = 0; i < LANES; i++) high = most[i] > high ? most[i] : high;
+    for (int halving = 0; halving < 10; halving++) {
+        const float middle = limit + (high - limit) * 0.5f;
+        const int64_t count = reaching(middle);
+        (count < rank ? high : limit) = middle;
+        if (count == rank) break;
+    }
+    return true;
+}
+
 // Dot products of one vector with several, each rounded in the same way whatever their number: all values that leave an encoder are
-// made here.
+// made here. The rows `later` are asked for from memory.
 template <int COUNT>
-static inline void dots(const float* __restrict x, const float* const* rows, int64_t n, float* out) {
+static inline void dots(const float* __restrict x, const float* const* rows, int64_t n, float* out, const float* const* later = nullptr) {
     Floats s[COUNT][4]{};
     int64_t p = 0;
     for (; p + 4 * LANES <= n; p += 4 * LANES)
 #pragma GCC unroll 4
         for (int part = 0; part < 4; part++) {
+            if (later)
+#pragma GCC unroll 4
+                for (int i = 0; i < COUNT; i++) __builtin_prefetch(later[i] + p + part * LANES);
             const Floats v = load(x + p + part * LANES);
 #pragma GCC unroll 4
             for (int i = 0; i < COUNT; i++) s[i][part] += v * load(rows[i] + p + part * LANES);
