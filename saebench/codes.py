@@ -71,8 +71,9 @@ class SparseCodes:
     @classmethod
     def ragged(cls, tokens_N: Tensor, indices_N: Tensor, values_N: Tensor, num_tokens: int, d_sae: int) -> SparseCodes:
         """Ragged codes from entries sorted by token."""
-        counts_B = torch.bincount(tokens_N, minlength=num_tokens)
-        codes = cls(indices_N, values_N, d_sae, torch.cat([counts_B.new_zeros(1), counts_B.cumsum(0)]))
+        # not by counting, for which a GPU would have to be waited for
+        offsets = torch.searchsorted(tokens_N, torch.arange(num_tokens + 1, device=tokens_N.device, dtype=tokens_N.dtype))
+        codes = cls(indices_N, values_N, d_sae, offsets)
         codes._order = LatentOrder(codes.indices, tokens_N, d_sae)
         return codes
 
@@ -127,7 +128,8 @@ class SparseCodes:
         if self.offsets is None:
             rows_B = torch.arange(len(self), device=self.indices.device)
             return rows_B.repeat_interleave(self.indices.shape[1])
-        return torch.repeat_interleave(torch.arange(len(self), device=self.indices.device), self.offsets.diff())
+        rows_B = torch.arange(len(self), device=self.indices.device)
+        return torch.repeat_interleave(rows_B, self.offsets.diff(), output_size=len(self.indices))
 
     @property
     def order(self) -> LatentOrder:

@@ -21,7 +21,6 @@ from saebench.trainer.loop import fit_to_source, sample_contexts, sample_tokens
 
 BARE_PROCESS = 780 << 20  # Python, torch and transformers, with what evaluation needs besides the model
 FLOAT = 4
-TRAINED, FINISHED = 10, 14  # bytes a parameter: itself, Adam's moments in 2 and 4 bytes; at the end the finished copy besides
 REPEATS = 3
 REPORT_SECONDS = 3  # characteristic features and the report, whatever the size
 
@@ -43,9 +42,12 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
     width = sum(stream.widths.values())
 
     parameters = {name: _parameters(config) for name, config in configs.items()}
+    # bytes a parameter: itself and Adam's moments; the copy that kernels read; at the end the finished dictionary besides
+    kept = 2 * FLOAT + getattr(torch, training.momentum).itemsize
+    copied = torch.bfloat16.itemsize if training.weights == "bfloat16" else 0
     parts = {
         "process and model": BARE_PROCESS + sum(p.numel() * p.element_size() for p in lm.hf.parameters()),
-        "dictionaries with optimiser": TRAINED * sum(parameters.values()) + (FINISHED - TRAINED) * max(parameters.values()),
+        "dictionaries with optimiser": (kept + copied) * sum(parameters.values()) + FLOAT * max(parameters.values()),
         "batches and activations": (2 * GROUP_TOKENS + training.batch_size * 8) * width * FLOAT + BLOCK_BYTES * 2,
     }
     stored = contexts.num_tokens * width * STORAGE[activations.storage].itemsize if activations.mode == "store" else 0
@@ -59,7 +61,7 @@ def plan(pipeline: Pipeline) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": {
             "store": stored,
-            "checkpoints": (KEPT + 1) * TRAINED * sum(parameters.values()),
+            "checkpoints": (KEPT + 1) * kept * sum(parameters.values()),
             "memory": sum(parts.values()),
             "memory_parts": parts,
         },

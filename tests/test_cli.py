@@ -277,6 +277,21 @@ def test_plan_counts_before_anything_is_written(call, workplace):
     assert streamed["bytes"]["store"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:weights=bfloat16 is for a GPU")
+def test_plan_counts_copies_and_moments_by_their_types(call, workplace):
+    plans = {}
+    for momentum, weights in (("bfloat16", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")):
+        settings = ("--set", f"training.momentum={momentum}", "--set", f"training.weights={weights}")
+        plans[momentum, weights] = call("plan", "recipe.toml", *settings)[0]["bytes"]
+    parameters = 2 * 64 * 32 + 64 + 32
+    usual, moments, copies = (
+        (each["checkpoints"], each["memory_parts"]["dictionaries with optimiser"]) for each in plans.values()
+    )
+    assert usual == (3 * 10 * parameters, 14 * parameters)
+    assert moments == (3 * 12 * parameters, 16 * parameters)
+    assert copies == (3 * 10 * parameters, 16 * parameters)  # copies are not kept in checkpoints
+
+
 def test_doctor_finds_nothing_wrong_here(call):
     result, err = call("doctor")
     assert result["problems"] == []

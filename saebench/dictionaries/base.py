@@ -179,6 +179,8 @@ class TrainingBatch:
     step: int = 0
     steps: int = 1
     seed: int = 0
+    most_dead: int | None = None
+    """No more latents than so many are dead, where that is known without asking the device; None where it is not."""
 
     @property
     def progress(self) -> float:
@@ -281,6 +283,11 @@ class Dictionary(nn.Module, ABC):
     def unit_rows(self) -> Sequence[Tensor]:
         """Parameters whose rows, whatever is within one flattened, the optimiser keeps at length 1: it removes from the gradient of a row
         what points along it, and scales the row after the step."""
+        return ()
+
+    def latent_rows(self) -> Sequence[Tensor]:
+        """Parameters that training may round to bfloat16 for the time of `losses` and its backward pass: matrices with a row for each
+        latent, which nothing but kernels, or what takes mixed types, reads there. Empty where that is not so."""
         return ()
 
     @torch.no_grad()

@@ -59,6 +59,7 @@ class BatchTopKDictionary(KRuleDictionary):
         self.register_buffer("smallest_kept", torch.zeros(()), persistent=False)
         self.threshold: Tensor
         self.smallest_kept: Tensor
+        self.followed = False  # whether it says anything; the device would have to be waited for
 
     def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
         """By the threshold, unless the configuration says batch or no threshold is known yet."""
@@ -68,7 +69,7 @@ class BatchTopKDictionary(KRuleDictionary):
 
     def select_batch(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
         """By comparison within the batch, as in training."""
-        count, guess = self.config.k * len(x_BD), GUESS * float(self.smallest_kept)
+        count, guess = self.config.k * len(x_BD), GUESS * self.smallest_kept if self.followed else 0.0
         return encode_batch_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, count, guess, weights.norm_F)
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
@@ -82,6 +83,7 @@ class BatchTopKDictionary(KRuleDictionary):
         """Move the threshold towards the smallest value kept; returns what is logged of it."""
         if codes.values.numel():
             self.smallest_kept.copy_(codes.values.min())
+            self.followed = True
             memory = min(MEMORY_STEPS, max(1.0, MEMORY_SHARE * batch.steps))
             moved = self.threshold + (self.smallest_kept - self.threshold) / memory
             self.threshold.copy_(torch.where(self.threshold < 0, self.smallest_kept, moved))

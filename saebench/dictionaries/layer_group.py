@@ -203,6 +203,9 @@ class LayerGroupDictionary(Dictionary):
     def unit_rows(self) -> Sequence[Tensor]:
         return self.base.unit_rows()
 
+    def latent_rows(self) -> Sequence[Tensor]:
+        return self.base.latent_rows()
+
     def constrain(self, lr: float = 0.0) -> None:
         self.base.constrain(lr)
 

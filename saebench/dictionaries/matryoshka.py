@@ -102,7 +102,9 @@ def decode_groups(codes: SparseCodes, W_dec_FD: Tensor, sizes: list[int]) -> Ten
 
     Each token is decoded as G tokens, one for each group, so that there is one pass over the entries and one gradient of the decoder."""
     indices_N, groups = codes.indices.reshape(-1), len(sizes)
-    group_F = torch.repeat_interleave(torch.tensor(sizes, device=indices_N.device))
+    group_F = torch.zeros(codes.d_sae, dtype=torch.int64, device=indices_N.device)
+    for end in accumulate(sizes[:-1]):
+        group_F[end:] += 1
     group_N = group_F[indices_N]
     at_N = stable_order(group_N, groups)
     rows_N = codes.tokens[at_N] + group_N[at_N] * len(codes)

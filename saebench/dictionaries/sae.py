@@ -179,7 +179,7 @@ class SparseAutoencoder(Dictionary):
         """The rule's training objective; here the squared error alone."""
         codes = self.select(batch.x, weights)
         error_BD, squares_B = self.error(codes, weights, batch)
-        return Fit(codes, error_BD, squares_B, squares_B.mean())
+        return Fit(codes, error_BD, squares_B, squares_B.mean(-1))
 
     def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
         """Initialise what the rule has besides matrices and biases, given a normalised sample and decoder rows of length 1. Here, where
@@ -251,22 +251,30 @@ class SparseAutoencoder(Dictionary):
         weights = self.weights()
         fit = self.objective(batch, weights)
         squared_error_B = fit.squared_error_B.detach()
-        scale = batch.y.shape[1] * self.variance
-        parts = {"reconstruction": squared_error_B.mean() / scale, **fit.parts}
+        scale = batch.y.shape[-1] * self.variance
+        parts = {"reconstruction": squared_error_B.mean(-1) / scale, **fit.parts}
         total = fit.loss / scale
         if self.config.aux_coefficient:
-            aux = auxk_loss(batch.x, fit.error_BD, weights, self.b_in, batch.dead_F, self.k_aux)
+            aux = self.auxk(batch, fit.error_BD, weights)
             total = total + self.config.aux_coefficient * aux
             parts["auxk"] = aux.detach()
         if self.config.orthogonality and batch.step % self.config.orthogonality_every == 0:
-            alike = orthogonality_penalty(self.W_dec, self.config.orthogonality_chunk, batch.generator())
+            rows_FD = self.W_dec.to(self.b_dec.dtype)  # cosines are compared in float32
+            alike = orthogonality_penalty(rows_FD, self.config.orthogonality_chunk, batch.generator())
             alike = self.config.orthogonality_every * alike  # so that means over steps, logged ones too, are those of every step
             total = total + self.config.orthogonality * alike
             parts["orthogonality"] = alike.detach()
         return Losses(total, parts, fit.codes, squared_error_B, batch.y)
 
+    def auxk(self, batch: TrainingBatch, error_BD: Tensor, weights: Weights) -> Tensor:
+        """What dead latents miss of what living ones leave over."""
+        return auxk_loss(batch.x, error_BD, weights, self.b_in, batch.dead_F, self.k_aux, batch.most_dead)
+
     def unit_rows(self) -> Sequence[Tensor]:
         return (self.W_dec,) if self.config.decoder == "unit" else ()
+
+    def latent_rows(self) -> Sequence[Tensor]:
+        return self.W_enc_FD, self.W_dec
 
     @torch.no_grad()
     def constrain(self, lr: float = 0.0) -> None:
@@ -333,5 +341,6 @@ class SparseAutoencoder(Dictionary):
 
 
 def block_norms(W_dec_FD: Tensor, widths: tuple[int, ...]) -> Tensor:
-    """The length of every row, summed over the blocks of columns that belong to different sites: [F]."""
-    return torch.stack([block.norm(dim=1) for block in W_dec_FD.split(list(widths), dim=1)]).sum(0)
+    """The length of every row, summed over the blocks of columns that belong to different sites: [F], float32 or better."""
+    dtype = torch.promote_types(W_dec_FD.dtype, torch.float32)
+    return torch.stack([block.norm(dim=1, dtype=dtype) for block in W_dec_FD.split(list(widths), dim=1)]).sum(0)

@@ -106,15 +106,15 @@ class SparseCoder(Dictionary):
         total = (squared_error_B.mean() + penalty) / scale
         parts = {"reconstruction": squared_error_B.detach().mean() / scale, **parts}
         if self.config.aux_coefficient:
-            aux = self._auxk(residual_BD.detach(), batch.dead_F)
+            aux = self._auxk(residual_BD.detach(), batch.dead_F, batch.most_dead)
             total = total + self.config.aux_coefficient * aux
             parts["auxk"] = aux.detach()
         return Losses(total, parts, codes.detach(), squared_error_B.detach(), batch.x)
 
-    def _auxk(self, residual_BD: Tensor, dead_F: Tensor) -> Tensor:
+    def _auxk(self, residual_BD: Tensor, dead_F: Tensor, most_dead: int | None = None) -> Tensor:
         """||e - e_hat||^2 / ||e - mean(e)||^2 where e_hat explains the residual e by dead atoms; reaches no others. Matching pursuit takes
         the place of TopK: a sum of the k largest products with unit atoms that overlap would overshoot."""
-        dead = dead_F.nonzero()[:, 0]
+        dead = dead_F.nonzero()[:, 0] if most_dead != 0 else ()
         if len(dead) == 0:
             return residual_BD.new_zeros(())
         missed = matching_pursuit(residual_BD, self.atoms[dead], self.config.k_aux).residual_BD.square().mean()

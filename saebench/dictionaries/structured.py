@@ -11,6 +11,7 @@ Shape suffixes: `B` tokens, `D` width, `F` d_sae, `R` rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,6 +60,9 @@ class StructuredDictionary(ReLUDictionary):
         written_BD = self.low_rank_scores(x_BD) @ (weights.over_norm(self.Q) @ weights.W_dec_FD)
         skipped_BD = super().bypass(weights, x_BD)
         return written_BD if skipped_BD is None else written_BD + skipped_BD
+
+    def latent_rows(self) -> Sequence[Tensor]:
+        return ()  # W_dec is multiplied by Q too
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """sum-MSE + coefficient * sum_i S_i^p + low_rank_coefficient * bound on ||R||_*."""

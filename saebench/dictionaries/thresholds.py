@@ -100,7 +100,7 @@ def upper_quantile(x_BD: Tensor, weights: Weights, b_in_D: Tensor | None, share:
 def shortfall(x_BD: Tensor, weights: Weights, b_in_D: Tensor | None, codes: SparseCodes, threshold_F: Tensor) -> Tensor:
     """The mean over tokens of sum_i ReLU(threshold_i - z_i), by all entries less the active ones: no [B, F] matrix is made."""
     mean_D = x_BD.mean(0) if b_in_D is None else x_BD.mean(0) - b_in_D
-    everything = (threshold_F - weights.times_norm(weights.b_enc_F + weights.W_enc_FD @ mean_D)).sum()
+    everything = (threshold_F - weights.times_norm(weights.b_enc_F + weights.W_enc_FD @ mean_D.to(weights.W_enc_FD.dtype))).sum()
     active = with_gradient(codes.detach(), x_BD, weights.W_enc_FD, weights.b_enc_F, b_in_D, weights.norm_F)
     at = active.indices.reshape(-1)
     beyond = ((threshold_F[at] - active.values.reshape(-1)) * (codes.values.detach().reshape(-1) != 0)).sum()

@@ -16,10 +16,12 @@ from saebench.codes import SparseCodes
 from saebench.kernels.implementations import current_implementation, primitives_for
 from saebench.kernels.latent_gradient import collected_in, hand_over
 from saebench.kernels.sparse_decode import sparse_decode
+from saebench.kernels.stacked import decode_errors, stack_size, weighted_sum
 
 
 def decode_error(codes: SparseCodes, W_dec_FD: Tensor, b_dec_D: Tensor, y_BD: Tensor) -> tuple[Tensor, Tensor]:
-    """error = decode(codes) + b_dec - y [B, D], and its squared length [B]. Both are differentiable in values, decoder, b_dec and y."""
+    """error = decode(codes) + b_dec - y [B, D], and its squared length [B]. Both are differentiable in values, decoder, b_dec and y.
+    A stack's y_nBD and b_dec_nD (stacked.py) give those of its n B tokens, and y has no gradient."""
     if current_implementation() == "reference":
         error_BD = sparse_decode(codes, W_dec_FD) + b_dec_D - y_BD
         return error_BD, error_BD.square().sum(1)
@@ -33,7 +35,10 @@ class _DecodeError(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         codes = codes.replaced(values.detach())
         primitives = primitives_for(W_dec_FD)
-        if hasattr(primitives, "decode_error"):
+        ctx.stack = stack_size(b_dec_D)
+        if ctx.stack is not None:
+            error_BD, squares_B, dots = decode_errors(primitives, codes, W_dec_FD, b_dec_D, y_BD)
+        elif hasattr(primitives, "decode_error"):
             error_BD, squares_B, dots = primitives.decode_error(codes, W_dec_FD, b_dec_D, y_BD)
         else:
             error_BD = primitives.decode(codes, W_dec_FD, b_dec_D).sub_(y_BD)
@@ -59,7 +64,7 @@ class _DecodeError(torch.autograd.Function):
             if need_W:
                 grad_W = hand_over(ctx.terms, codes.replaced(codes.values * twice), error_BD)
             if need_b:
-                grad_b = twice_B @ error_BD
+                grad_b = weighted_sum(twice_B, error_BD, ctx.stack)
             if need_y:
                 grad_y = -twice_B[:, None] * error_BD
             return grad_values, grad_W, grad_b, grad_y, None
@@ -72,7 +77,7 @@ class _DecodeError(torch.autograd.Function):
         if need_W:
             grad_W = hand_over(ctx.terms, codes, grad_BD)
         if need_b:
-            grad_b = grad_BD.sum(0)
+            grad_b = grad_BD.sum(0) if ctx.stack is None else grad_BD.view(ctx.stack, -1, grad_BD.shape[1]).sum(1)
         if need_y:
             grad_y = -grad_BD
         return grad_values, grad_W, grad_b, grad_y, None

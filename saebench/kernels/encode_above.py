@@ -29,8 +29,8 @@ def encode_above(
         return SparseCodes.from_dense(z_BF * (z_BF > threshold))
     with torch.no_grad():
         centred_BD = centred(x_BD, b_in_D)
-        threshold_F = torch.as_tensor(threshold, dtype=x_BD.dtype, device=x_BD.device).detach().expand(len(W_enc_FD))
-        primitives = primitives_for(centred_BD)
+        threshold_F = (torch.zeros_like(b_enc_F) + threshold).to(x_BD.dtype)
+        primitives = primitives_for(centred_BD, W_enc_FD)
         offsets_B, indices_N, values_N = primitives.above(centred_BD, W_enc_FD, b_enc_F, scale_F, threshold_F)
         codes = SparseCodes(indices_N, values_N, len(W_enc_FD), offsets_B)
     return with_gradient(codes, x_BD, W_enc_FD, b_enc_F, b_in_D, scale_F, centred_BD)

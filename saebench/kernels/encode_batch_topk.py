@@ -25,12 +25,12 @@ def encode_batch_topk(
     b_enc_F: Tensor,
     b_in_D: Tensor | None,
     count: int,
-    guess: float = 0.0,
+    guess: Tensor | float = 0.0,
     scale_F: Tensor | None = None,
 ) -> SparseCodes:
     """The `count` largest of z = ((x - b_in) W_enc^T + b_enc) * scale over all tokens and latents, those above zero; of equal ones the
     first in row-major order. `guess` is a value that probably fewer than all and more than `count` scores exceed, such as a little less
-    than the smallest score kept last time: it changes the speed, never the result. Differentiable, selection held constant."""
+    than the smallest score kept last time: it changes the speed, never the result; 0 for none. Differentiable, selection held constant."""
     if current_implementation() == "reference":
         z_BF = (x_BD if b_in_D is None else x_BD - b_in_D) @ W_enc_FD.T + b_enc_F
         z_BF = (z_BF if scale_F is None else z_BF * scale_F).relu()
@@ -40,8 +40,8 @@ def encode_batch_topk(
     with torch.no_grad():
         centred_BD = centred(x_BD, b_in_D)
         encoder = (W_enc_FD, b_enc_F, scale_F)
-        primitives = primitives_for(centred_BD)
-        offsets_B, indices_N, values_N = _candidates(primitives, centred_BD, encoder, count, max(0.0, guess))
+        primitives = primitives_for(centred_BD, W_enc_FD)
+        offsets_B, indices_N, values_N = _candidates(primitives, centred_BD, encoder, count, guess)
         codes = SparseCodes(indices_N, values_N, len(W_enc_FD), offsets_B)
         if len(values_N) > count:
             kept_N = largest(values_N, count)
@@ -55,20 +55,26 @@ def largest(values_N: Tensor, count: int) -> Tensor:
     if len(values_N) <= count:
         return torch.arange(len(values_N), device=values_N.device)
     border = values_N.kthvalue(len(values_N) - count + 1).values
-    above = values_N > border
-    tied_N = (values_N == border).nonzero()[:, 0][: count - int(above.sum())]
-    above[tied_N] = True
-    return above.nonzero()[:, 0]
+    above_N, tied_N = values_N > border, values_N == border
+    kept_N = above_N | (tied_N & (tied_N.cumsum(0, dtype=torch.int32) <= count - above_N.sum()))
+    return positions(kept_N, count)
+
+
+def positions(kept_N: Tensor, count: int) -> Tensor:
+    """Where a mask with so many ones has them, ascending."""
+    if kept_N.device.type == "cpu":
+        return kept_N.nonzero()[:, 0]
+    return torch.nonzero_static(kept_N, size=count)[:, 0]  # nonzero would wait for the device, to learn the number
 
 
 def _candidates(
-    primitives: Primitives, x_BD: Tensor, encoder: tuple[Tensor, Tensor, Tensor | None], count: int, lowest: float
+    primitives: Primitives, x_BD: Tensor, encoder: tuple[Tensor, Tensor, Tensor | None], count: int, guess: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries above `lowest`, all of the `count` largest positive ones among them."""
-    if lowest == 0:
-        lowest = _first_guess(primitives, x_BD, encoder, count)
-    for level in dict.fromkeys((lowest, 0.0)):
-        found = primitives.above(x_BD, *encoder, torch.full_like(encoder[1], level))
+    """Entries above the guess, or a first one, if all of the `count` largest positive ones are among them; else those above 0."""
+    if not isinstance(guess, Tensor):
+        guess = max(0.0, guess) or _first_guess(primitives, x_BD, encoder, count)
+    for level in dict.fromkeys((guess, 0.0)):
+        found = primitives.above(x_BD, *encoder, torch.zeros_like(encoder[1]).add_(level))
         if len(found[2]) >= count:
             return found
     return found

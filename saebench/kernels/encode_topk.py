@@ -9,12 +9,15 @@ Selection: the k largest z in float32, ties to the lowest index, then ReLU. An e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
 from saebench.kernels.entries import centred, with_gradient
 from saebench.kernels.implementations import current_implementation, primitives_for
+from saebench.kernels.stacked import select_topk
 
 
 def encode_topk(
@@ -22,17 +25,23 @@ def encode_topk(
     W_enc_FD: Tensor,
     b_enc_F: Tensor,
     b_in_D: Tensor | None,
-    k: int,
+    k: int | Sequence[int],
     scale_F: Tensor | None = None,
     latents_M: Tensor | None = None,
 ) -> SparseCodes:
     """z = ((x - b_in) W_enc^T + b_enc) * scale; the k largest of each row, among the given latents (ascending) or all, those above zero.
-    Returns fixed-k codes over all latents, differentiable in every tensor argument, selection held constant."""
+    Returns fixed-k codes over all latents, differentiable in every tensor argument, selection held constant.
+    One k for each makes it those of a stack of dictionaries (stacked.py): x_nBD, without gradient, and b_in_nD; codes of n B tokens."""
     if current_implementation() == "reference":
+        assert isinstance(k, int)
         return _reference(x_BD, W_enc_FD, b_enc_F, b_in_D, k, scale_F, latents_M)
     with torch.no_grad():
         centred_BD = centred(x_BD, b_in_D)
-        indices_BK, values_BK = primitives_for(centred_BD).topk(centred_BD, W_enc_FD, b_enc_F, scale_F, k, latents_M)
+        primitives = primitives_for(centred_BD, W_enc_FD)
+        if isinstance(k, int):
+            indices_BK, values_BK = primitives.topk(centred_BD, W_enc_FD, b_enc_F, scale_F, k, latents_M)
+        else:
+            indices_BK, values_BK = select_topk(primitives, centred_BD, W_enc_FD, b_enc_F, scale_F, k)
         codes = SparseCodes(indices_BK, values_BK, len(W_enc_FD))
     return with_gradient(codes, x_BD, W_enc_FD, b_enc_F, b_in_D, scale_F, centred_BD)
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from saebench.codes import SparseCodes
 from saebench.kernels.implementations import primitives_for
 from saebench.kernels.latent_gradient import collected_in, hand_over
+from saebench.kernels.stacked import minus, stack_size, weighted_sum
 
 
 def centred(x_BD: Tensor, b_in_D: Tensor | None) -> Tensor:
-    """x - b_in, without gradient."""
-    return x_BD.detach() if b_in_D is None else x_BD.detach() - b_in_D.detach()
+    """x - b_in, without gradient: [B, D], of a stack's x_nBD [n B, D]."""
+    return x_BD.detach().reshape(-1, x_BD.shape[-1]) if b_in_D is None else minus(x_BD.detach(), b_in_D.detach())
 
 
 def with_gradient(
@@ -53,7 +54,7 @@ class _Entries(torch.autograd.Function):
         codes: SparseCodes,
         centred_BD: Tensor | None,
     ) -> Tensor:
-        ctx.codes, ctx.terms = codes, collected_in(W_enc_FD)
+        ctx.codes, ctx.terms, ctx.stack = codes, collected_in(W_enc_FD), stack_size(b_in_D)
         ctx.save_for_backward(W_enc_FD, scale_F, centred(x_BD, b_in_D) if centred_BD is None else centred_BD)
         return codes.values.clone()
 
@@ -78,5 +79,5 @@ class _Entries(torch.autograd.Function):
             grad_W = hand_over(ctx.terms, gradient, centred_BD)
         if need_b or need_b_in:
             grad_b = grad_z.new_zeros(codes.d_sae).index_add_(0, at_N, grad_z.reshape(-1))
-            grad_b_in = -(grad_b @ W_enc_FD) if need_b_in else None
+            grad_b_in = -weighted_sum(grad_b.to(W_enc_FD.dtype), W_enc_FD, ctx.stack) if need_b_in else None
         return grad_x, grad_W, grad_b, grad_b_in, grad_scale, None, None

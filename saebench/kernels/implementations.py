@@ -47,17 +47,17 @@ def use_implementation(name: str) -> Iterator[None]:
         _inside = before
 
 
-def primitives_for(tensor: Tensor) -> Primitives:
-    """The implementation that serves tensors like this one. Raises UserError where the one that was ordered cannot."""
+def primitives_for(*tensors: Tensor) -> Primitives:
+    """The implementation that serves tensors like these together. Raises UserError where the one that was ordered cannot."""
     wanted = current_implementation()
-    if wanted in ("auto", "cpu") and _fits_cpu(tensor):
+    if wanted in ("auto", "cpu") and all(map(_fits_cpu, tensors)):
         built, problem = _cpu()
         if built is not None:
             return built
         if wanted == "cpu":
             raise UserError(f"the compiled kernels are not available: {problem}")
         _warn(f"kernels run on torch operations, which takes about twice as long: {problem}")
-    elif wanted in ("auto", "triton") and _fits_triton(tensor):
+    elif wanted in ("auto", "triton") and all(map(_fits_triton, tensors)):
         built, problem = _triton()
         if built is not None:
             return built
@@ -65,9 +65,8 @@ def primitives_for(tensor: Tensor) -> Primitives:
             raise UserError(f"the Triton kernels are not available: {problem}")
         _warn(f"kernels run on torch operations, which takes several times as long: {problem}")
     elif wanted in ("cpu", "triton"):
-        raise UserError(
-            f"the {wanted} kernels were ordered ({VARIABLE}, use_implementation) and do not serve {tensor.dtype} on {tensor.device}"
-        )
+        kinds = " with ".join(dict.fromkeys(f"{tensor.dtype} on {tensor.device}" for tensor in tensors))
+        raise UserError(f"the {wanted} kernels were ordered ({VARIABLE}, use_implementation) and do not serve {kinds}")
     from saebench.kernels import stock
 
     return stock

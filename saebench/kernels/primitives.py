@@ -48,7 +48,10 @@ class AdamRule:
 
 
 class Primitives(Protocol):
-    """What every implementation offers. Tensors are contiguous and on one device; results are new tensors unless said otherwise."""
+    """What every implementation offers. Tensors are contiguous and on one device; results are new tensors unless said otherwise.
+
+    Where a matrix W of latent rows is bfloat16, tokens and biases may be float32: scores are products with tokens rounded to the type of
+    W, everything else reads tokens as they are, and sums, comparisons and results are float32."""
 
     def topk(
         self, x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int, latents_M: Tensor | None
@@ -85,12 +88,21 @@ class Primitives(Protocol):
         ...
 
     def update(
-        self, W_FD: Tensor, m_FD: Tensor, v_FD: Tensor, gradient: Gradient, unit: bool, rule: AdamRule, factor: Tensor
+        self,
+        W_FD: Tensor,
+        m_FD: Tensor,
+        v_FD: Tensor,
+        gradient: Gradient,
+        unit: bool,
+        rule: AdamRule,
+        factor: Tensor,
+        master_FD: Tensor | None = None,
     ) -> Tensor | None:
         """One pass over the latents, in place: sum the gradient of a row, with `unit` remove its component along the row, multiply by
         `factor` (0-dim, on the device), take Adam's step (m may be bfloat16; the step is taken before it is rounded), with `unit` scale
-        the row to length 1 (methods.md K12). Rows without entries take their step too. The gradient is never stored. May return what
-        `gradient_square` would have."""
+        the row to length 1 (methods.md K12). Rows without entries take their step too. The gradient is never stored. With `master_FD`,
+        float32 weights, that is done to them and W, bfloat16, becomes their rounded copy. May return what `gradient_square` would
+        have."""
         ...
 
 

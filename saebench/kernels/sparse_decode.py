@@ -43,4 +43,4 @@ class _SparseDecode(torch.autograd.Function):
 
 def gathered_dot(codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     """rows[b] . W[f] at every entry (b, f) of a code, in the shape of its values, without a [B, K, D] temporary (methods.md K2)."""
-    return primitives_for(rows_BD).dots(codes, rows_BD, W_FD)
+    return primitives_for(rows_BD, W_FD).dots(codes, rows_BD, W_FD)

@@ -13,7 +13,7 @@ from torch.optim.adam import adam
 from saebench.codes import SparseCodes
 from saebench.kernels.latent_order import latent_order
 from saebench.kernels.primitives import AdamRule, Gradient
-from saebench.kernels.scores import score_blocks
+from saebench.kernels.scores import SIXTEEN_BITS, score_blocks
 
 CROWDED = 24  # with more than one entry in so many active, dense products over blocks of tokens are faster than gathering rows
 ROWS_AT_ONCE = 512  # of a large matrix, so that what lies between two operations stays in the cache
@@ -66,6 +66,7 @@ def above(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, thres
 
 
 def decode(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    W_FD = _widened(W_FD)
     if codes.crowded(CROWDED):
         out_BD = W_FD.new_empty(len(codes), W_FD.shape[1])
         for start, dense_bF in codes.dense_blocks():
@@ -78,6 +79,7 @@ def decode(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor | None = None) -> Te
 
 
 def dots(codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
+    rows_BD, W_FD = _widened(rows_BD), _widened(W_FD)
     if codes.crowded(CROWDED):
         at = codes.indices.reshape(-1)
         found = rows_BD.new_empty(len(at))
@@ -97,6 +99,7 @@ def by_latent(indices_N: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
 
 
 def sums(codes: SparseCodes, rows_BD: Tensor) -> Tensor:
+    rows_BD = _widened(rows_BD)
     if codes.crowded(CROWDED):
         total_FD = rows_BD.new_zeros(codes.d_sae, rows_BD.shape[1])
         for start, dense_bF in codes.dense_blocks():
@@ -118,12 +121,22 @@ def gradient_square(W_FD: Tensor, gradient: Gradient, unit: bool) -> Tensor:
     return _summed(W_FD, gradient, unit).square().sum(dtype=torch.float64)
 
 
-def update(W_FD: Tensor, m_FD: Tensor, v_FD: Tensor, gradient: Gradient, unit: bool, rule: AdamRule, factor: Tensor) -> None:
-    total_FD = _summed(W_FD, gradient, unit).mul_(factor)
+def update(
+    W_FD: Tensor,
+    m_FD: Tensor,
+    v_FD: Tensor,
+    gradient: Gradient,
+    unit: bool,
+    rule: AdamRule,
+    factor: Tensor,
+    master_FD: Tensor | None = None,
+) -> None:
+    weights_FD = W_FD if master_FD is None else master_FD
+    total_FD = _summed(weights_FD, gradient, unit).mul_(factor)
     wide_FD = m_FD.to(v_FD.dtype)  # m itself where the types are the same
-    step = torch.tensor(float(rule.step - 1), device=W_FD.device)  # adam counts it up
+    step = torch.full((), float(rule.step - 1), device=W_FD.device)  # adam counts it up
     adam(
-        [W_FD],
+        [weights_FD],
         [total_FD],
         [wide_FD],
         [v_FD],
@@ -141,15 +154,17 @@ def update(W_FD: Tensor, m_FD: Tensor, v_FD: Tensor, gradient: Gradient, unit: b
     if wide_FD is not m_FD:
         m_FD.copy_(wide_FD)
     if unit:
-        for rows in W_FD.split(ROWS_AT_ONCE):
+        for rows in weights_FD.split(ROWS_AT_ONCE):
             rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
+    if master_FD is not None:
+        W_FD.copy_(master_FD)
 
 
 def _summed(W_FD: Tensor, gradient: Gradient, unit: bool) -> Tensor:
     """The gradient as one matrix that belongs to the caller."""
     parts = [sums(term.codes, term.rows_BD) for term in gradient.terms]
     if gradient.dense_FD is not None:
-        parts.append(gradient.dense_FD if parts else gradient.dense_FD.clone())
+        parts.append(gradient.dense_FD.to(W_FD.dtype, copy=not parts))
     total_FD = parts[0] if parts else torch.zeros_like(W_FD)
     for part in parts[1:]:
         total_FD += part
@@ -160,6 +175,11 @@ def _summed(W_FD: Tensor, gradient: Gradient, unit: bool) -> Tensor:
             squares = rows_gD.square().sum(1, keepdim=True).clamp_min_(1e-24)
             part_gD.addcmul_((part_gD * rows_gD).sum(1, keepdim=True).div_(squares), rows_gD, value=-1)
     return total_FD
+
+
+def _widened(numbers: Tensor) -> Tensor:
+    """In float32 where they have 16 bits: sums and results are float32."""
+    return numbers.float() if numbers.dtype in SIXTEEN_BITS else numbers
 
 
 def _row_starts(codes: SparseCodes) -> Tensor:

@@ -31,8 +31,14 @@ class TrainConfig(Config):
     """Adam's averaging constants; default those that suit the architecture."""
     eps: float = Field(default=6.25e-10, gt=0)
     """Adam's epsilon."""
+    stack: bool = True
+    """Whether TopK dictionaries that differ only in k, learning rate, seed and the like take their steps together, which is faster where
+    they are small; equal to each alone up to rounding."""
     momentum: Literal["bfloat16", "float32"] = "bfloat16"
     """What the running mean of a matrix' gradient is kept in: 2 bytes a weight less, and no difference in what is learned."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """What the matrices of latents are read in by the kernels; with bfloat16, for a GPU, they are rounded anew after every step, which
+    float32 masters take: 2 bytes a weight more, and half of what products and gathering of rows read."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; longer ones are scaled down."""
     dead_after: int | None = Field(default=None, gt=0)

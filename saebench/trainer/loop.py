@@ -18,13 +18,14 @@ from torch import Tensor
 from saebench.activations import Batches, ContextBatches, Source
 from saebench.config import first_difference
 from saebench.dictionaries import Dictionary, DictionaryConfig
-from saebench.errors import Interrupted, NotFinite, UserError
+from saebench.errors import Interrupted, UserError
 from saebench.progress import progress, say
 from saebench.trainer.checkpoint import read_checkpoint, write_checkpoint
 from saebench.trainer.config import TrainConfig
 from saebench.trainer.interrupt import stop_on_interrupt
 from saebench.trainer.logs import MetricsLog
 from saebench.trainer.member import Member
+from saebench.trainer.stack import Diverged, Stack, stacks
 
 if TYPE_CHECKING:
     from saebench.lm import LanguageModel
@@ -206,15 +207,19 @@ class _Run:
     ) -> None:
         training, size = self.training, self.training.batch_size
         started, step = time.perf_counter(), first
+        together = stacks(members) if training.stack else [Stack({name: member}) for name, member in members.items()]
+        for stack in together:
+            if len(stack.members) > 1:
+                say(f"{len(stack.members)} dictionaries step together: {', '.join(stack.members)}")
         watch = stop_on_interrupt() if self.out else nullcontext(None)
         with watch as stop, progress("train", training.steps * size, "tokens", first * size) as report:
             for step in range(first, training.steps):
                 drawn = {kind: {site: x.to(self.device) for site, x in next(each).items()} for kind, each in batches.items()}
-                for name, member in members.items():
+                for stack in together:
                     try:
-                        member.step(drawn[self.dictionaries[name].sequential], step)
-                    except NotFinite:
-                        raise _diverged(name, member, step + 1) from None
+                        stack.step(drawn[stack.sequential], step)
+                    except Diverged as error:
+                        raise _diverged(str(error), members[str(error)], step + 1) from None
                 note = ""
                 done = step + 1
                 if done % training.log_every == 0 or done == training.steps:

@@ -1,13 +1,15 @@
 """One dictionary in training: its parameters, optimiser, dead-latent counters and running metrics.
 
 A member does not know of other members or of files; the loop feeds it batches and reads its metrics now and then. Nothing in a step
-waits for the device on purpose: sums are kept there until `read_metrics`.
+waits for the device on purpose: sums are kept there until `read_metrics`, and how many latents may be dead is foreseen.
 Shape suffixes: `B` tokens, `D` width of what is read or written, `F` d_sae.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +17,14 @@ from torch import Tensor
 
 from saebench.activations.statistics import SiteStatistics
 from saebench.dictionaries import Dictionary, DictionaryConfig, Losses, Scaling, TrainingBatch
+from saebench.errors import UserError
+from saebench.kernels import current_implementation
 from saebench.trainer.config import TrainConfig
 from saebench.trainer.optimiser import Adam
+
+FORESIGHT, FORESIGHT_SHARE = 50, 1 / 8
+"""Steps over which the number of latents that may be dead is foreseen, where counting them anew would wait for the device; and at most this
+share of the time after which a latent is dead, so that few more may be dead than are."""
 
 
 class Member:
@@ -31,8 +39,13 @@ class Member:
         self.seed = training.seed if config.seed is None else config.seed
         self.mean_D = write(mean_D.float())
         betas = training.betas or config.betas
-        self.optimiser = Adam(dictionary, betas, training.eps, training.clip, getattr(torch, training.momentum))
+        momentum, weights = getattr(torch, training.momentum), None
+        if training.weights == "bfloat16":
+            _check_rounding(dictionary, device)
+            weights = torch.bfloat16
+        self.optimiser = Adam(dictionary, betas, training.eps, training.clip, momentum, weights)
         self.silent_F = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # tokens since it last fired
+        self._most_dead, self._foreseen = 0, -1  # latents that may be dead, and for how many tokens from now on that holds
         self._resampled_at: int | None = None
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
@@ -75,6 +88,15 @@ class Member:
         dictionary.to(x.device)
         return cls(dictionary, training, read.to(x.device), write.to(x.device), mean_D.to(x.device))
 
+    @torch.no_grad()
+    def move_into(self, memory: Mapping[str, Tensor]) -> None:
+        """Keep the parameters, which stay what they are, in this memory from now on: by name, of their shapes."""
+        for name, parameter in self.dictionary.named_parameters():
+            parameter.data = memory[name].copy_(parameter)
+        before = self.optimiser
+        self.optimiser = Adam(self.dictionary, before.betas, before.eps, before.clip, getattr(torch, self.training.momentum))
+        self.optimiser.load_state(before.state())
+
     @property
     def scales(self) -> dict[str, float]:
         """What the activations of each site are multiplied by."""
@@ -105,19 +127,37 @@ class Member:
         x, y = join(activations, self.dictionary.config)
         x_normal = self.read(x)
         y_normal = x_normal if y is x else self.write(y)
-        batch = TrainingBatch(x_normal, y_normal, self.dead_F, step, self.training.steps, self.seed)
-        losses = self.dictionary.losses(batch)
+        batch = TrainingBatch(x_normal, y_normal, self.dead_F, step, self.training.steps, self.seed, self.dead_at_most())
         self.optimiser.forget_gradients()
-        losses.total.backward()
+        with self.optimiser.rounded():
+            losses = self.dictionary.losses(batch)
+            losses.total.backward()
+        norm = self.take_step(step)
+        firings_F = losses.codes.firings()
+        self.silent_F.add_(len(losses.codes)).masked_fill_(firings_F > 0, 0)
+        self.add(figures(losses, norm, firings_F, self.mean_D), len(losses.codes))
+        if self.training.resamples_after(step):
+            self.resample(batch)
+
+    def dead_at_most(self) -> int | None:
+        """An upper bound of the number of dead latents, for which the device is asked now and then. None where asking costs nothing."""
+        if not asking_waits(self.silent_F.device):
+            return None
+        if self._foreseen < 0:
+            dead_after = self.training.dead_after_tokens
+            self._foreseen = min(FORESIGHT * self.training.batch_size, int(FORESIGHT_SHARE * dead_after))
+            self._most_dead = int((self.silent_F >= dead_after - self._foreseen).sum())
+        return self._most_dead
+
+    def take_step(self, step: int) -> Tensor:
+        """Change the parameters by the gradients that are there; returns the norm of these, 0-dim."""
         rate = self.rate_at(step)
         norm = self.optimiser.step(rate)
         self.dictionary.constrain(rate)
-        self._count(losses, norm)
-        if self.training.resamples_after(step):
-            self._resample(batch)
+        return norm
 
     @torch.no_grad()
-    def _resample(self, batch: TrainingBatch) -> None:
+    def resample(self, batch: TrainingBatch) -> None:
         """Dead latents start anew; the optimiser forgets their rows."""
         batch = TrainingBatch(batch.x, batch.y, self.dead_F, batch.step, batch.steps, batch.seed)
         for name, rows in self.dictionary.resample(batch).items():
@@ -126,18 +166,11 @@ class Member:
             self._resampled_at = batch.step + 1
 
     @torch.no_grad()
-    def _count(self, losses: Losses, norm: Tensor) -> None:
-        firings_F, tokens = losses.codes.firings(), len(losses.codes)
-        self.silent_F.add_(tokens).masked_fill_(firings_F > 0, 0)
-        news = {
-            "loss": losses.total.detach(),
-            **losses.parts,
-            "l0": firings_F.sum() / tokens,
-            "gradient_norm": norm,
-            "squared_error": losses.squared_error_B.sum(),
-            "squares": torch.linalg.vector_norm(losses.target_BD - self.mean_D, dim=1).square().sum(),
-        }
-        for name, value in news.items():
+    def add(self, figures: Mapping[str, Tensor], tokens: int) -> None:
+        """Count a step of so many tokens and its figures, 0-dim each, for `read_metrics`."""
+        if self._foreseen >= 0:
+            self._foreseen -= tokens
+        for name, value in figures.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.double()
         self._steps += 1
 
@@ -157,6 +190,7 @@ class Member:
         tensors |= {"silent": self.silent_F, "mean": self.mean_D}
         tensors |= {f"sums.{name}": value for name, value in self._sums.items()}
         at = -1 if self._resampled_at is None else self._resampled_at
+        tensors["foreseen"] = torch.tensor([self._most_dead, self._foreseen])
         return tensors | {"steps_since_log": torch.tensor(self._steps), "resampled_at": torch.tensor(at)}
 
     @torch.no_grad()
@@ -171,6 +205,7 @@ class Member:
         self.write = Scaling(tensors["write.shift"].clone(), tensors["write.scale"].clone())
         self._sums = {name: value.clone() for name, value in part("sums.").items()}
         self._steps = int(tensors["steps_since_log"])
+        self._most_dead, self._foreseen = tensors["foreseen"].tolist()
         at = int(tensors["resampled_at"])
         self._resampled_at = None if at < 0 else at
 
@@ -182,6 +217,49 @@ class Member:
         dictionary.constrain()
         dictionary.fold(self.read, self.write)
         return dictionary.eval().requires_grad_(False)
+
+
+def asking_waits(device: torch.device) -> bool:
+    """Whether a number in a tensor is known only once all work before is done."""
+    return device.type != "cpu"
+
+
+def _check_rounding(dictionary: Dictionary, device: torch.device) -> None:
+    """Raises UserError where weights=bfloat16 cannot be."""
+    architecture, kernels = dictionary.config.architecture, current_implementation()
+    if not dictionary.latent_rows():
+        raise UserError(
+            f"weights=bfloat16 is not for architecture {architecture!r}, whose matrices are not read by kernels alone: "
+            "leave out training.weights"
+        )
+    if kernels == "reference" or (kernels == "cpu" and device.type == "cpu"):
+        raise UserError(
+            f"weights=bfloat16 does not work with the {kernels} kernels, which were ordered: leave out training.weights"
+        )
+    if device.type == "cpu":
+        _warn_slow()
+
+
+@cache
+def _warn_slow() -> None:
+    warnings.warn(
+        "weights=bfloat16 is for a GPU: in memory it runs on stock torch operations and is several times slower than float32 (told once)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def figures(losses: Losses, norm: Tensor, firings_F: Tensor, mean_D: Tensor) -> dict[str, Tensor]:
+    """What is logged of a step: numbers, or where what is given has one more axis in front, those of each of its rows."""
+    tokens = losses.squared_error_B.shape[-1]
+    return {
+        "loss": losses.total.detach(),
+        **losses.parts,
+        "l0": firings_F.sum(-1) / tokens,
+        "gradient_norm": norm,
+        "squared_error": losses.squared_error_B.sum(-1),
+        "squares": torch.linalg.vector_norm(losses.target_BD - mean_D, dim=-1).square().sum(-1),
+    }
 
 
 def join(activations: Mapping[str, Tensor], config: DictionaryConfig) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,16 @@
 The step of torch.optim.Adam, with the gradient clipped to a global norm before it and rows that are kept at length 1 held there. Kernels
 hand over the gradients of matrices as terms (kernels/latent_gradient.py), everything else comes from autograd. Where the terms show at a
 glance that the gradient is not too long, nothing is clipped and its length is found on the way; else it is measured first, exactly.
+
+Matrices of latent rows may be read in bfloat16 (`rounded`). The parameters themselves stay float32 and take the steps, whoever else changes
+them changes those, and files and checkpoints hold them; the copies are made anew where a parameter was changed by others since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,17 +21,19 @@ from torch import Tensor, nn
 from saebench.dictionaries import Dictionary
 from saebench.kernels.implementations import primitives_for
 from saebench.kernels.latent_gradient import collect
-from saebench.kernels.primitives import AdamRule, Gradient, Term
+from saebench.kernels.primitives import AdamRule, Gradient, Primitives, Term
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Matrix:
-    """One parameter as rows [F, D], its moments, and where its gradient comes from."""
+    """One parameter as rows [F, D], the copy of it that kernels read, its moments, and where its gradient comes from."""
 
-    def __init__(self, parameter: nn.Parameter, unit: bool, momentum: torch.dtype):
-        self.parameter, self.unit = parameter, unit
+    def __init__(self, parameter: nn.Parameter, unit: bool, momentum: torch.dtype, rounded: torch.dtype | None):
+        self.parameter, self.unit, self.master = parameter, unit, parameter.data
         self.rows = parameter.data.flatten(1) if parameter.ndim > 1 else parameter.data.view(1, -1)
+        self.copy = None if rounded is None else parameter.data.to(rounded)
+        self.copied = parameter._version  # which counts changes in place, by others than the kernels: those round themselves
         first = momentum if parameter.ndim > 1 and parameter.dtype == torch.float32 else parameter.dtype
         self.moments = [torch.zeros(parameter.shape, dtype=dtype, device=parameter.device) for dtype in (first, parameter.dtype)]
         self.terms: list[Term] = collect(parameter) if parameter.ndim == 2 else []
@@ -38,7 +45,33 @@ class _Matrix:
         grad = self.parameter.grad
         if grad is None and not self.terms:
             return None
-        return Gradient(tuple(self.terms), None if grad is None else grad.reshape(self.rows.shape))
+        terms = self.terms
+        if self.copy is not None:  # rows of tokens are gathered once for every latent active on them
+            terms = [replace(term, rows_BD=term.rows_BD.to(self.copy.dtype)) for term in terms]
+        return Gradient(tuple(terms), None if grad is None else grad.reshape(self.rows.shape))
+
+    def update(self, gradient: Gradient, rule: AdamRule, factor: Tensor) -> Tensor | None:
+        """Take a step; perhaps returns the gradient's square."""
+        m_FD, v_FD = (moment.view(self.rows.shape) for moment in self.moments)
+        if self.copy is None:
+            return self.primitives.update(self.rows, m_FD, v_FD, gradient, self.unit, rule, factor)
+        copy_FD = self.copy.view(self.rows.shape)
+        return self.primitives.update(copy_FD, m_FD, v_FD, gradient, self.unit, rule, factor, self.rows)
+
+    @property
+    def primitives(self) -> Primitives:
+        return primitives_for(self.rows) if self.copy is None else primitives_for(self.copy, self.rows)
+
+    def show_copy(self) -> None:
+        if self.copy is not None:
+            if self.copied != self.parameter._version:
+                self.copy.copy_(self.master)
+                self.copied = self.parameter._version
+            self.parameter.data = self.copy
+
+    def show_master(self) -> None:
+        if self.copy is not None:
+            self.parameter.data = self.master
 
     def forget(self) -> None:
         self.parameter.grad = None
@@ -55,14 +88,30 @@ class Adam:
         eps: float,
         clip: float,
         momentum: torch.dtype = torch.float32,
+        weights: torch.dtype | None = None,
     ):
         """`clip` is the largest norm of the gradient of all parameters together; longer ones are scaled down to it. `momentum` is the type
-        in which the running mean of a matrix' gradient is kept; the step is taken before it is rounded."""
+        in which the running mean of a matrix' gradient is kept; the step is taken before it is rounded. `weights` is the type in which
+        kernels read matrices of latent rows within `rounded`, by default their own."""
         self.betas, self.eps, self.clip = betas, eps, clip
-        unit = {id(W) for W in dictionary.unit_rows()}
+        unit, copied = ({id(W) for W in rows} for rows in (dictionary.unit_rows(), dictionary.latent_rows()))
         self._matrices = {
-            name: _Matrix(p, id(p) in unit, momentum) for name, p in dictionary.named_parameters() if p.requires_grad
+            name: _Matrix(p, id(p) in unit, momentum, weights if id(p) in copied else None)
+            for name, p in dictionary.named_parameters()
+            if p.requires_grad
         }
+
+    @contextmanager
+    def rounded(self) -> Iterator[None]:
+        """Inside of this, which is for losses and their backward pass, the matrices of latent rows are what kernels read: rounded copies,
+        if so set."""
+        try:
+            for matrix in self._matrices.values():
+                matrix.show_copy()
+            yield
+        finally:
+            for matrix in self._matrices.values():
+                matrix.show_master()
 
     def forget_gradients(self) -> None:
         """To be called before a backward pass."""
@@ -83,9 +132,7 @@ class Adam:
         for matrix, gradient in found:
             matrix.step += 1
             rule = AdamRule(lr, self.betas, self.eps, matrix.step)
-            rows = [moment.view(matrix.rows.shape) for moment in matrix.moments]
-            primitives = primitives_for(matrix.rows)
-            square = primitives.update(matrix.rows, rows[0], rows[1], gradient, matrix.unit, rule, factor)
+            square = matrix.update(gradient, rule, factor)
             if not measure:
                 assert square is not None
                 squares.append(square)
@@ -96,7 +143,7 @@ class Adam:
         """Whether a bound shows that the gradient is not longer than `clip`, and every update tells its length."""
         total = 0.0
         for matrix, gradient in found:
-            bound = getattr(primitives_for(matrix.rows), "gradient_bound", None)
+            bound = getattr(matrix.primitives, "gradient_bound", None)
             if bound is None:
                 return False
             total += bound(matrix.rows, gradient)
@@ -104,7 +151,7 @@ class Adam:
 
     @staticmethod
     def _square(matrix: _Matrix, gradient: Gradient) -> Tensor:
-        return primitives_for(matrix.rows).gradient_square(matrix.rows, gradient, matrix.unit)
+        return matrix.primitives.gradient_square(matrix.rows, gradient, matrix.unit)
 
     @torch.no_grad()
     def forget_rows(self, name: str, rows: Tensor) -> None:

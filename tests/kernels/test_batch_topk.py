@@ -149,7 +149,7 @@ def test_a_good_guess_keeps_candidates_few_and_a_bad_one_takes_a_second_pass(mon
             found.append(len((result := stock.above(*arguments))[2]))
             return result
 
-    monkeypatch.setattr(module, "primitives_for", lambda _: Watched)
+    monkeypatch.setattr(module, "primitives_for", lambda *_: Watched)
     tensors = [t.detach() for t in problem(300, 8, 60, torch.float32)[:4]]
     exact = encode_batch_topk(*tensors, 900)
     assert len(found) == 1  # a sample of tokens gives a good guess

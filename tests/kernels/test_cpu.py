@@ -124,7 +124,7 @@ def test_more_within_the_error_of_the_screen_than_there_is_room_for(k, bits):
     W[::500] *= 1.5
     b = torch.zeros(3000)
     indices, values = cpu.topk(x, W, b, None, k, None)
-    order, wanted, z = expected_topk(x, W, b, None, k)
+    _, wanted, z = expected_topk(x, W, b, None, k)
     torch.testing.assert_close(values.double(), wanted, rtol=1e-6, atol=0)
     for token in range(50):
         picked = z[token, indices[token].long()]

@@ -530,3 +530,23 @@ def test_operations_take_these_kernels_by_order():
             found.append((decoded, pursuit.coefficients_BT, attended, *torch.autograd.grad(loss, leaves)))
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_step_with_rounded_weights_is_that_of_stock_torch():
+    import saebench as sb
+    from saebench.kernels import use_implementation
+    from saebench.trainer import Member, TrainConfig
+
+    x = whole(8, 9) / 4  # which bfloat16 holds exactly
+    settings = TrainConfig(num_tokens=16, batch_size=4, lr=0.01, eps=1e-6, momentum="float32", weights="bfloat16")
+    config = sb.TopK(d_sae=20, k=2, d_in=9, decoder="unit", normalise="none", initial_bias="zero")
+    found = []
+    for name in ("stock", "triton"):
+        with use_implementation("stock"):
+            member = Member.create(config, settings, x)
+        with use_implementation(name):
+            member.step(x[:4], 0)
+        assert member.dictionary.W_enc_FD.dtype == FLOAT32
+        found.append(member.dictionary.state_dict())
+    for key, expected in found[0].items():
+        close(found[1][key], expected, 1e-4)

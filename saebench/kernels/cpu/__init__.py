@@ -208,8 +208,18 @@ def gradient_square(W_FD: Tensor, gradient: Gradient, unit: bool) -> Tensor:
     return _latents(W_FD, None, None, gradient, unit, AdamRule(0.0, (0.0, 0.0), 0.0, 1), 1.0)
 
 
-def update(W_FD: Tensor, m_FD: Tensor, v_FD: Tensor, gradient: Gradient, unit: bool, rule: AdamRule, factor: Tensor) -> Tensor:
+def update(
+    W_FD: Tensor,
+    m_FD: Tensor,
+    v_FD: Tensor,
+    gradient: Gradient,
+    unit: bool,
+    rule: AdamRule,
+    factor: Tensor,
+    master_FD: Tensor | None = None,
+) -> Tensor:
     """Also returns what `gradient_square` would have."""
+    assert master_FD is None, "only weights in float32 are served here, and they need no master"
     return _latents(W_FD, m_FD, v_FD, gradient, unit, rule, float(factor))
 
 

@@ -26,8 +26,8 @@ def update(
     unit: bool,
     rule: AdamRule,
     factor: Tensor,
-    *,
     master_FD: Tensor | None = None,
+    *,
     step_3: Tensor | None = None,
 ) -> None:
     """Sum the gradient of a row, with `unit` remove its component along the row, multiply by `factor` (0-dim, on the device), take Adam's
