@@ -24,7 +24,7 @@ from saebench.dictionaries.topk import KRule, KRuleDictionary
 from saebench.kernels import encode_above, encode_batch_topk
 
 MEMORY_SHARE, MEMORY_STEPS = 1 / 20, 1000
-GUESS = 0.8  # of the last batch's smallest kept value: rarely above the next one's, and few candidates lie between
+GUESS = 0.95  # of the last batch's smallest kept value: rarely above the next one's, and few candidates lie between
 
 
 class BatchTopK(KRule):

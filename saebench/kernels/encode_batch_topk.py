@@ -17,6 +17,7 @@ from saebench.kernels.primitives import Primitives
 
 SAMPLE = 64  # tokens from which a first guess is made,
 FEWER = 0.5  # at the level that twice as many scores exceed as are kept
+LOWER = 0.8  # what a guess that was too high is multiplied by
 
 
 def encode_batch_topk(
@@ -70,10 +71,11 @@ def positions(kept_N: Tensor, count: int) -> Tensor:
 def _candidates(
     primitives: Primitives, x_BD: Tensor, encoder: tuple[Tensor, Tensor, Tensor | None], count: int, guess: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries above the guess, or a first one, if all of the `count` largest positive ones are among them; else those above 0."""
+    """Entries above the guess, or a first one, if all of the `count` largest positive ones are among them; else those above a lower one,
+    and at last those above 0."""
     if not isinstance(guess, Tensor):
         guess = max(0.0, guess) or _first_guess(primitives, x_BD, encoder, count)
-    for level in dict.fromkeys((guess, 0.0)):
+    for level in dict.fromkeys((guess, LOWER * guess, 0.0)):
         found = primitives.above(x_BD, *encoder, torch.zeros_like(encoder[1]).add_(level))
         if len(found[2]) >= count:
             return found

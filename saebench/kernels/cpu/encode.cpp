@@ -276,15 +276,26 @@ Selection* saebench_above(const float* x, const float* w, const float* b, const 
 // Copies the entries, ascending in each row, and frees the selection.
 void saebench_take(Selection* taken, int64_t tokens, const int64_t* offsets, int threads, int32_t* indices, float* values) {
     std::unique_ptr<Selection> selection(taken);
-    std::vector<Above::Found> entries(offsets[tokens]);
+    std::vector<uint64_t> entries(offsets[tokens]);  // latent, value
     std::vector<int64_t> next(offsets, offsets + tokens);
-    for (const auto& part : selection->found)
-        for (const auto& each : part) entries[next[each.token]++] = each;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t token = 0; token < tokens; token++) {
-        std::sort(entries.begin() + offsets[token], entries.begin() + offsets[token + 1],
-                  [](const Above::Found& a, const Above::Found& b) { return a.latent < b.latent; });
-        for (int64_t e = offsets[token]; e < offsets[token + 1]; e++) indices[e] = entries[e].latent, values[e] = entries[e].value;
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t team = omp_get_num_threads(), own = omp_get_thread_num(), first = tokens * own / team, last = tokens * (own + 1) / team;
+        for (const auto& part : selection->found)
+            for (const auto& each : part)
+                if (each.token >= first && each.token < last) {
+                    uint32_t bits;
+                    std::memcpy(&bits, &each.value, 4);
+                    entries[next[each.token]++] = (uint64_t)each.latent << 32 | bits;
+                }
+        for (int64_t token = first; token < last; token++) {
+            std::sort(entries.begin() + offsets[token], entries.begin() + offsets[token + 1]);
+            for (int64_t e = offsets[token]; e < offsets[token + 1]; e++) {
+                const uint32_t bits = (uint32_t)entries[e];
+                indices[e] = (int32_t)(entries[e] >> 32);
+                std::memcpy(values + e, &bits, 4);
+            }
+        }
     }
 }
 }
