@@ -118,6 +118,10 @@ class Fused(Primitives, Protocol):
         """bias + decode(codes) - y [B, D], its squared length [B], and perhaps its `dots` with the rows of the entries."""
         ...
 
+    def weighted_sum(self, weights_B: Tensor, rows_BD: Tensor) -> Tensor:
+        """sum of weights[b] * rows[b]: [D]."""
+        ...
+
     def gradient_bound(self, W_FD: Tensor, gradient: Gradient) -> float:
         """An upper bound of `gradient_square` that costs little; where it is offered, `update` returns the square itself."""
         ...

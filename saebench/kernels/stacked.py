@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saebench.codes import LatentOrder, SparseCodes
+from saebench.kernels.implementations import primitives_for
 from saebench.kernels.latent_order import latent_order
 from saebench.kernels.primitives import Primitives, Term
 
@@ -30,10 +31,10 @@ def minus(x_BD: Tensor, b_D: Tensor) -> Tensor:
 
 def weighted_sum(weights_B: Tensor, rows_BD: Tensor, num: int | None) -> Tensor:
     """sum of weights[b] * rows[b], [D]; of a stack of `num` one for each dictionary, [n, D]."""
+    own = getattr(primitives_for(rows_BD, weights_B), "weighted_sum", torch.matmul)
     if num is None:
-        return weights_B @ rows_BD
-    pairs = zip(weights_B.chunk(num), rows_BD.chunk(num), strict=True)
-    return torch.stack([weights @ rows for weights, rows in pairs])
+        return own(weights_B, rows_BD)
+    return torch.stack([own(*pair) for pair in zip(weights_B.chunk(num), rows_BD.chunk(num), strict=True)])
 
 
 def select_topk(

@@ -162,6 +162,14 @@ def test_above_lists_what_exceeds_its_threshold(shape, bits):
         assert (indices[offsets[token] : offsets[token + 1]].diff() > 0).all()
 
 
+@pytest.mark.parametrize(("num", "width"), [(1, 1), (3, 70), (64, 16), (1000, 33), (5000, 128)])
+def test_rows_are_summed_with_weights(num, width):
+    weights, rows = draw(num), draw(num, width, seed=1)
+    weights[::3] = 0
+    found = cpu.weighted_sum(weights, rows)
+    torch.testing.assert_close(found.double(), weights.double() @ rows.double(), rtol=1e-5, atol=1e-4)
+
+
 def test_nothing_above():
     offsets, indices, values = cpu.above(draw(5, 7), draw(123, 7), torch.zeros(123), None, torch.full((123,), 1e9))
     assert offsets.tolist() == [0] * 6

@@ -166,6 +166,14 @@ def dots(codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     return out
 
 
+def weighted_sum(weights_B: Tensor, rows_BD: Tensor) -> Tensor:
+    weights_B, rows_BD = weights_B.contiguous(), rows_BD.contiguous()
+    out_D = torch.empty(rows_BD.shape[1])
+    sizes = map(ctypes.c_int64, rows_BD.shape)
+    library().saebench_weighted_sum(_at(weights_B), _at(rows_BD), *sizes, torch.get_num_threads(), _at(out_D))
+    return out_D
+
+
 def by_latent(indices_N: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     indices_N = indices_N.contiguous()
     order_N, starts_F = torch.empty_like(indices_N), torch.empty(d_sae + 1, dtype=torch.int32)

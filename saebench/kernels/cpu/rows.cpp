@@ -145,6 +145,20 @@ void saebench_dots(const int32_t* indices, const float* values, const int64_t* o
     for (int64_t t = 0; t < tokens; t++) products(entries, t, rows + t * width, w, width, out);
 }
 
+// sum of weights[i] * row i: parts of the rows first, the same parts for any number of threads, and then these in order.
+void saebench_weighted_sum(const float* weights, const float* rows, int64_t num, int64_t width, int threads, float* out) {
+    constexpr int64_t PARTS = 64;
+    std::vector<float> sums(PARTS * width);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+    for (int64_t part = 0; part < PARTS; part++) {
+        Gather gather(sums.data() + part * width, width);
+        for (int64_t i = num * part / PARTS; i < num * (part + 1) / PARTS; i++) gather.add(weights[i], rows + i * width);
+        gather.finish();
+    }
+    std::memset(out, 0, width * sizeof(float));
+    for (int64_t part = 0; part < PARTS; part++) add_scaled(out, 1.f, sums.data() + part * width, width);
+}
+
 // Stable counting sort of entries by latent: starts [F + 1], order [N].
 void saebench_by_latent(const int32_t* indices, int64_t count, int64_t d_sae, int32_t* starts, int32_t* order) {
     std::fill(starts, starts + d_sae + 1, 0);
