@@ -1,8 +1,8 @@
 // The k best of each token while only bounds of their scores are known.
 //
-// What passes the screen is written down with an upper and a lower bound of its score. The k-th largest lower bound is a limit that all of
-// the k best reach; what stays below it is struck out, and only what is left at the end, little more than k, is computed in float32. A limit
-// comes sooner by a guess from the latents seen; where the guess was too high, which the end shows, the token is done again.
+// What passes the screen is written down with the bounds of its score. The k-th largest lower bound is a limit that all of the k best reach;
+// what stays below it is struck out, and only what is left at the end, little more than k, is computed in float32. A higher limit is guessed
+// from the middles of the bounds; where a guess was too high, which the end shows, the token is done again.
 #pragma once
 
 #include <functional>
@@ -25,35 +25,39 @@ static inline float score_of(uint64_t key) {
 }
 static inline int32_t latent_of(uint64_t key) { return (int32_t)~(uint32_t)key; }
 
-// How many of a sample's best are likely to be enough to reach the k best of all, when the sample is this share of all.
+// How many of a sample's best are likely to be enough to reach the k best of all, when the sample is this share of all. (It holds k times
+// the share of those on average, with that variance times what is left out.)
 static inline int64_t safe_rank(int64_t k, double share) {
     const double expected = k * share;
-    return std::min<int64_t>(k, (int64_t)(expected + 4 * std::sqrt(expected) + 4));
+    return (int64_t)(expected + 4 * std::sqrt(expected * (1 - share)) + 4);
 }
 
 struct Contenders {
     int64_t k, room;
     std::vector<float> limits, guesses;  // [B]; limits padded to whole tiles
     std::vector<int32_t> sizes;          // [B]
-    Aligned<float> upper, lower;         // bounds [B, room]
+    Aligned<float> upper, middle;        // bound of a score, and the middle of both bounds [B, room]
     Aligned<int32_t> latents;            // [B, room]
     bool guessing;
 
     // What a thread needs.
     struct Own {
-        std::vector<int32_t> latents;
-        std::vector<float> z;
-        std::vector<uint64_t> best;  // of the token that was settled last, best first
+        std::vector<float> lowers;  // of one token
+        // Of tokens that are settled together, each from `begin` on: latents whose scores are computed, and these; how many.
+        std::vector<int32_t> latents, begin, before, found;
+        std::vector<float> z, likely;
+        std::vector<int32_t> starts, places, tokens;  // by latent: where each begins, place in `z`, token
+        std::vector<uint64_t> best;                   // of one token, best first
         int64_t computed = 0;
         double share = 0;  // of all latents that the token at hand has passed
-        Own(const Contenders& keep, int64_t, int) : latents(keep.room + LANES), z(keep.room + LANES) {}
+        Own(const Contenders& keep, int64_t, int) : lowers(keep.room + LANES) {}
     };
 
     // Many that pass at first are struck out later: with less room, scores would be computed to make some.
-    static int64_t room_for(int64_t k) { return (12 * k + 8 * LANES) / LANES * LANES; }
+    static int64_t room_for(int64_t k) { return (10 * k + 8 * LANES) / LANES * LANES; }
 
     Contenders(int64_t tokens, int64_t k, bool guessing)
-        : k(k), room(room_for(k)), limits(tokens + TILE_TOKENS), guesses(tokens), sizes(tokens), upper(tokens * room), lower(tokens * room),
+        : k(k), room(room_for(k)), limits(tokens + TILE_TOKENS), guesses(tokens), sizes(tokens), upper(tokens * room), middle(tokens * room),
           latents(tokens * room), guessing(guessing) {}
 
     template <class Screen>
@@ -63,7 +67,7 @@ struct Contenders {
     void add(Own& own, const Problem& problem, int64_t token, uint32_t bits, Floats most, Floats apart, Ints numbers) {
         const int64_t at = token * room + sizes[token];
         compress(upper.data + at, most, bits);
-        compress(lower.data + at, most - apart, bits);
+        compress(middle.data + at, most - apart * all(0.5f), bits);
         compress(latents.data + at, numbers, bits);
         sizes[token] += __builtin_popcount(bits);
         if (sizes[token] > room - LANES) make_room(own, problem, token);
@@ -77,74 +81,126 @@ struct Contenders {
 
     // The limit by what was found in this share of all latents.
     void look_back(int64_t token, double share) {
-        const int64_t rank = safe_rank(k, share), at = token * room;
         float limit = limits[token];
-        if (rank < k && reached_by(lower.data + at, sizes[token], rank, limit))
-            guess(token, limit + 0.5f * (upper.data[at] - lower.data[at]));
-        else if (rank >= k)
-            strike(token);
+        if (reached_by(middle.data + token * room, sizes[token], safe_rank(k, share), limit)) guess(token, limit);
     }
 
-    // The best of a token into own.best; returns how many.
-    int64_t settle(Own& own, const Problem& problem, int64_t token) {
-        strike(token);
-        float likely = limits[token], limit = likely;
-        reached_by(upper.data + token * room, sizes[token], k, likely);
-        int64_t found = compute(own, problem, token, likely, INFINITY, 0);  // about k, and then what may be better than one of these
-        reached_by(own.z.data(), found, k, limit);
-        found = compute(own, problem, token, limit, likely, found);
-        reached_by(own.z.data(), found, k, limit);
-        own.best.clear();
-        for (int64_t i = 0; i < found; i++)
-            if (own.z[i] > 0 && own.z[i] >= limit) own.best.push_back(key(own.z[i], own.latents[i]));
-        std::sort(own.best.begin(), own.best.end(), std::greater<>());
-        own.computed += found;
-        return std::min<int64_t>(k, own.best.size());
+    // The best of tokens from `first` on: calls `take` with each token and how many there are in own.best.
+    template <class Take>
+    void settle(Own& own, const Problem& problem, int64_t first, int64_t last, Take take) {
+        const int64_t tokens = last - first;
+        own.begin.assign(1, 0);
+        for (int64_t token = first; token < last; token++) {
+            if (guessing) look_back(token, 1);
+            strike(own, token);
+            own.begin.push_back(own.begin.back() + sizes[token]);
+        }
+        for (auto* each : {&own.latents, &own.places, &own.tokens}) each->resize(own.begin.back() + LANES);
+        own.z.resize(own.begin.back() + LANES);
+        own.likely.resize(tokens);
+        own.before.assign(tokens, 0);
+        own.found.assign(tokens, 0);
+        for (int64_t t = 0; t < tokens; t++) {  // the scores of about k of each,
+            own.likely[t] = limits[first + t];
+            reached_by(upper.data + (first + t) * room, sizes[first + t], k, own.likely[t]);
+            choose(own, first + t, t, own.likely[t], INFINITY);
+        }
+        compute(own, problem, first, tokens);
+        for (int64_t t = 0; t < tokens; t++) {  // then of those that may be better than the worst of these
+            float limit = limits[first + t];
+            reached_by(own.z.data() + own.begin[t], own.found[t], k, limit);
+            own.before[t] = own.found[t];
+            choose(own, first + t, t, limit, own.likely[t]);
+        }
+        compute(own, problem, first, tokens);
+        for (int64_t t = 0; t < tokens; t++) {
+            const float* z = own.z.data() + own.begin[t];
+            float limit = limits[first + t];
+            reached_by(z, own.found[t], k, limit);
+            own.best.clear();
+            for (int64_t i = 0; i < own.found[t]; i++)
+                if (z[i] > 0 && z[i] >= limit) own.best.push_back(key(z[i], own.latents[own.begin[t] + i]));
+            std::sort(own.best.begin(), own.best.end(), std::greater<>());
+            take(first + t, std::min<int64_t>(k, own.best.size()));
+        }
     }
 
    private:
     // Only what may be among the k best stays.
-    void strike(int64_t token) {
+    void strike(Own& own, int64_t token) {
         const int64_t at = token * room, end = at + sizes[token];
-        reached_by(lower.data + at, end - at, k, limits[token]);
+        for (int64_t j = at; j < end; j += LANES) {
+            const Floats centre = load(middle.data + j);
+            store(own.lowers.data() + (j - at), centre + centre - load(upper.data + j));  // the lower bound
+        }
+        reached_by(own.lowers.data(), end - at, k, limits[token]);
         int64_t left = at;
         for (int64_t j = at; j < end; j += LANES) {
-            const Floats most = load(upper.data + j), least = load(lower.data + j);
+            const Floats most = load(upper.data + j), centre = load(middle.data + j);
             const Ints numbers = load(latents.data + j);
             const uint32_t bits = at_least(most, all(limits[token])) & below(end - j);
             compress(upper.data + left, most, bits);
-            compress(lower.data + left, least, bits);
+            compress(middle.data + left, centre, bits);
             compress(latents.data + left, numbers, bits);
             left += __builtin_popcount(bits);
         }
         sizes[token] = (int32_t)(left - at);
     }
 
-    // The scores of those whose upper bound is in [from, to), behind the `found` that are there; returns how many there are then.
-    int64_t compute(Own& own, const Problem& problem, int64_t token, float from, float to, int64_t found) const {
+    // Those whose upper bound is in [from, to) are to be computed.
+    void choose(Own& own, int64_t token, int64_t t, float from, float to) const {
         const int64_t at = token * room, end = at + sizes[token];
-        int64_t last = found;
         for (int64_t j = at; j < end; j += LANES) {
             const Floats most = load(upper.data + j);
-            const uint32_t bits = at_least(most, all(from)) & ~at_least(most, all(to)) & below(end - j);
-            compress(own.latents.data() + last, load(latents.data + j), bits);
-            last += __builtin_popcount(bits);
+            for (uint32_t bits = at_least(most, all(from)) & ~at_least(most, all(to)) & below(end - j); bits; bits &= bits - 1)
+                own.latents[own.begin[t] + own.found[t]++] = latents.data[j + __builtin_ctz(bits)];
         }
-        problem.scores(token, own.latents.data() + found, last - found, own.z.data() + found);
-        return last;
+    }
+
+    // The scores of all that was chosen, latent by latent: rows of tokens stay in the cache, and those of latents come once.
+    void compute(Own& own, const Problem& problem, int64_t first, int64_t tokens) const {
+        own.starts.assign(problem.end() + 1, 0);
+        int64_t count = 0;
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t i = own.begin[t] + own.before[t]; i < own.begin[t] + own.found[t]; i++) own.starts[own.latents[i] + 1]++;
+        for (int64_t f = 0; f < problem.end(); f++) own.starts[f + 1] += own.starts[f];
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t i = own.begin[t] + own.before[t]; i < own.begin[t] + own.found[t]; i++, count++) {
+                const int32_t place = own.starts[own.latents[i]]++;
+                own.places[place] = (int32_t)i;
+                own.tokens[place] = (int32_t)(first + t);
+            }
+        const auto w_row = [&](int64_t i) { return problem.w + own.latents[own.places[std::min(i, count - 1)]] * problem.width; };
+        for (int64_t i = 0; i < count; i += 4) {
+            const float *x[4], *w[4], *later[4];
+            float products[4];
+            for (int n = 0; n < 4; n++) {
+                x[n] = problem.x + own.tokens[std::min(i + n, count - 1)] * problem.width;
+                w[n] = w_row(i + n);
+                later[n] = w_row(i + 4 + n);
+            }
+            dots<4, false>(x, w, problem.width, products, later);
+            for (int64_t n = 0; n < std::min<int64_t>(4, count - i); n++) {
+                const int32_t place = own.places[i + n];
+                own.z[place] = problem.finished(products[n], own.latents[place]);
+            }
+        }
+        own.computed += count;
     }
 
     void make_room(Own& own, const Problem& problem, int64_t token) {
         if (guessing) look_back(token, own.share);
-        strike(token);
+        strike(own, token);
         if (sizes[token] <= room - 4 * LANES) return;
-        const int64_t count = settle(own, problem, token), at = token * room;  // so many are within the screen's error of each other
-        for (int64_t j = 0; j < count; j++) {
-            upper.data[at + j] = lower.data[at + j] = score_of(own.best[j]);
-            latents.data[at + j] = latent_of(own.best[j]);
-        }
-        sizes[token] = (int32_t)count;
-        if (count == k) limits[token] = std::max(limits[token], score_of(own.best[k - 1]));
+        settle(own, problem, token, token + 1, [&](int64_t, int64_t count) {  // so many are within the screen's error of each other
+            const int64_t at = token * room;
+            for (int64_t j = 0; j < count; j++) {
+                upper.data[at + j] = middle.data[at + j] = score_of(own.best[j]);
+                latents.data[at + j] = latent_of(own.best[j]);
+            }
+            sizes[token] = (int32_t)count;
+            if (count == k) limits[token] = std::max(limits[token], score_of(own.best[k - 1]));
+        });
     }
 };
 

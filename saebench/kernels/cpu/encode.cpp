@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int64_t BATCH_BYTES = 8 << 20;  // of packed latents that all tokens pass over before the next are packed
+constexpr int64_t TOKEN_BYTES = 2 << 20;  // of tokens that are settled together: they stay in the cache while rows of latents pass by
 constexpr int64_t ROOM_BYTES = 32 << 20;  // for what contends in all tokens that are at work
 constexpr int GROUP_TILES = 8;            // tiles of tokens that one thread takes at a time
 
@@ -191,18 +192,19 @@ bool best(const Problem& problem, int64_t k, int bits, int threads, bool guessin
           std::vector<int64_t>& again, int64_t& computed) {
     Contenders keep(problem.tokens, k, guessing);
     if (!run_screened(bits, problem, threads, keep, nullptr, computed)) return false;
+    const int64_t at_once = std::clamp<int64_t>(TOKEN_BYTES / (problem.width * sizeof(float)), 1, (problem.tokens + threads - 1) / threads);
     int64_t settled = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : settled)
     {
         Contenders::Own own(keep, 0, 0);
-#pragma omp for schedule(static)
-        for (int64_t token = 0; token < problem.tokens; token++) {
-            const int64_t count = keep.settle(own, problem, token);
-            for (int64_t j = 0; j < k; j++) {
-                values[token * k + j] = j < count ? score_of(own.best[j]) : 0.f;
-                indices[token * k + j] = j < count ? latent_of(own.best[j]) : (int32_t)problem.row(0);
-            }
-        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t first = 0; first < problem.tokens; first += at_once)
+            keep.settle(own, problem, first, std::min(first + at_once, problem.tokens), [&](int64_t token, int64_t count) {
+                for (int64_t j = 0; j < k; j++) {
+                    values[token * k + j] = j < count ? score_of(own.best[j]) : 0.f;
+                    indices[token * k + j] = j < count ? latent_of(own.best[j]) : (int32_t)problem.row(0);
+                }
+            });
         settled += own.computed;
     }
     computed += settled;

@@ -94,7 +94,7 @@ void products(const Entries& entries, int64_t token, const float* row, const flo
     for (; e + 4 <= entries.end(token); e += 4) {
         const float* of[4];
         for (int i = 0; i < 4; i++) of[i] = w + entries.indices[e + i] * width;
-        dots<4>(row, of, width, out + e);
+        dots<4>(&row, of, width, out + e);
     }
     for (; e < entries.end(token); e++) out[e] = dot(row, w + entries.indices[e] * width, width);
 }

@@ -27,11 +27,15 @@ struct Problem {
         for (; i + 4 <= count; i += 4) {
             const float *of[4], *later[4];
             for (int64_t j = 0; j < 4; j++) of[j] = w + rows[i + j] * width, later[j] = w + rows[std::min(i + 4 + j, count - 1)] * width;
-            dots<4>(x_row, of, width, z + i, later);
+            dots<4>(&x_row, of, width, z + i, later);
         }
         for (; i < count; i++) z[i] = dot(x_row, w + rows[i] * width, width);
-        for (i = 0; i < count; i++) z[i] = scale ? (z[i] + b[rows[i]]) * scale[rows[i]] : z[i] + b[rows[i]];
+        for (i = 0; i < count; i++) z[i] = finished(z[i], rows[i]);
     }
+    // A score, of a token's product with a row.
+    float finished(float product, int64_t row) const { return scale ? (product + b[row]) * scale[row] : product + b[row]; }
+    // One more than the last row of w that takes part.
+    int64_t end() const { return latents ? latents[num - 1] + 1 : num; }
 };
 
 template <class T>

@@ -104,10 +104,10 @@ static inline bool reached_by(const float* values, int64_t n, int64_t rank, floa
     return true;
 }
 
-// Dot products of one vector with several, each rounded in the same way whatever their number: all values that leave an encoder are
-// made here. The rows `later` are asked for from memory.
-template <int COUNT>
-static inline void dots(const float* __restrict x, const float* const* rows, int64_t n, float* out, const float* const* later = nullptr) {
+// Dot products of one vector with several rows, or (with ONE false) of as many vectors with a row each; rounded in the same way whatever
+// their number: all values that leave an encoder are made here. The rows `later` are asked for from memory.
+template <int COUNT, bool ONE = true>
+static inline void dots(const float* const* x, const float* const* rows, int64_t n, float* out, const float* const* later = nullptr) {
     Floats s[COUNT][4]{};
     int64_t p = 0;
     for (; p + 4 * LANES <= n; p += 4 * LANES)
@@ -116,26 +116,23 @@ static inline void dots(const float* __restrict x, const float* const* rows, int
             if (later)
 #pragma GCC unroll 4
                 for (int i = 0; i < COUNT; i++) __builtin_prefetch(later[i] + p + part * LANES);
-            const Floats v = load(x + p + part * LANES);
 #pragma GCC unroll 4
-            for (int i = 0; i < COUNT; i++) s[i][part] += v * load(rows[i] + p + part * LANES);
+            for (int i = 0; i < COUNT; i++) s[i][part] += load(x[ONE ? 0 : i] + p + part * LANES) * load(rows[i] + p + part * LANES);
         }
-    for (; p + LANES <= n; p += LANES) {
-        const Floats v = load(x + p);
+    for (; p + LANES <= n; p += LANES)
 #pragma GCC unroll 4
-        for (int i = 0; i < COUNT; i++) s[i][0] += v * load(rows[i] + p);
-    }
+        for (int i = 0; i < COUNT; i++) s[i][0] += load(x[ONE ? 0 : i] + p) * load(rows[i] + p);
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {
         float rest = 0;
-        for (int64_t q = p; q < n; q++) rest += x[q] * rows[i][q];
+        for (int64_t q = p; q < n; q++) rest += x[ONE ? 0 : i][q] * rows[i][q];
         out[i] = sum((s[i][0] + s[i][1]) + (s[i][2] + s[i][3])) + rest;
     }
 }
 
 static inline float dot(const float* a, const float* b, int64_t n) {
     float out;
-    dots<1>(a, &b, n, &out);
+    dots<1>(&a, &b, n, &out);
     return out;
 }
 
