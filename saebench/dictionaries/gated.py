@@ -19,7 +19,7 @@ from saebench.codes import SparseCodes
 from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.l0_control import L0Controller, SparsityRule, first_l1_coefficient, start_at_l0
 from saebench.dictionaries.sae import Fit, SparseAutoencoder, Weights
-from saebench.kernels import decode_error, encode_above
+from saebench.kernels import decode_error_beside, encode_above
 
 
 class Gated(SparsityRule):
@@ -71,10 +71,13 @@ class GatedDictionary(SparseAutoencoder):
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
         """sum-MSE + coefficient * sum_i g_i + squared error of decoding g in place of f with a decoder held constant."""
         gate, codes = self.gate_and_values(batch.x, weights)
-        error_BD, squares_B = self.error(codes, weights, batch)
-        left_BD = batch.y - batch.x @ self.W_skip.detach() if self.config.skip else batch.y
-        held = weights.held()
-        gate_loss = decode_error(held.unscaled(gate), held.W_dec_FD, self.b_dec.detach(), left_BD)[1].mean()
+        bypass_BD = self.bypass(weights, batch.x)
+        left_BD = batch.y if bypass_BD is None else batch.y - bypass_BD
+        gate_values = weights.held().unscaled(gate).values
+        error_BD, squares_B, gate_B = decode_error_beside(
+            weights.unscaled(codes), gate_values, weights.W_dec_FD, self.b_dec, left_BD
+        )
+        gate_loss = gate_B.mean()
         self.sparsity.observe(codes, batch)
         coefficient = self.sparsity.coefficient(batch)
         loss = squares_B.mean() + coefficient * gate.values.sum() / len(gate) + gate_loss

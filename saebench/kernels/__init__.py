@@ -5,7 +5,7 @@ What takes the time in an operation is one of the primitives (primitives.py), wh
 implementations.py says which one runs; `use_implementation("reference")` switches all of them, for tests and for measuring.
 """
 
-from saebench.kernels.decode_error import decode_error
+from saebench.kernels.decode_error import decode_error, decode_error_beside
 from saebench.kernels.encode_above import encode_above
 from saebench.kernels.encode_batch_topk import encode_batch_topk
 from saebench.kernels.encode_jumprelu import encode_jumprelu
@@ -30,6 +30,7 @@ __all__ = [
     "stable_order",
     "sparse_decode",
     "decode_error",
+    "decode_error_beside",
     "gathered_dot",
     "current_implementation",
     "use_implementation",

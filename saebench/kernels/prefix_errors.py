@@ -50,9 +50,12 @@ class _PrefixErrors(torch.autograd.Function):
         scales_G = 2 * grad_G / len(first_BD)
         later_BD: Tensor | None = None
         for g in reversed(range(len(grads_GBD))):
-            grads_GBD[g].mul_(scales_G[g + 1])
-            if later_BD is not None:
-                grads_GBD[g].add_(later_BD)
-            later_BD = grads_GBD[g]
-        grad_first_BD = first_BD * scales_G[0]
-        return grad_first_BD if later_BD is None else grad_first_BD.add_(later_BD), grads_GBD
+            later_BD = _plus_scaled(later_BD, grads_GBD[g], scales_G[g + 1], out=grads_GBD[g])
+        return _plus_scaled(later_BD, first_BD, scales_G[0]), grads_GBD
+
+
+def _plus_scaled(sum_BD: Tensor | None, rows_BD: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
+    """sum + scale * rows, in one pass."""
+    if sum_BD is None:
+        return torch.mul(rows_BD, scale, out=out)
+    return torch.addcmul(sum_BD, rows_BD, scale, out=out)

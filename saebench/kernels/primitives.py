@@ -118,6 +118,12 @@ class Fused(Primitives, Protocol):
         """bias + decode(codes) - y [B, D], its squared length [B], and perhaps its `dots` with the rows of the entries."""
         ...
 
+    def decode_error_pair(
+        self, codes: SparseCodes, beside: Tensor, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """`decode_error`, and squared lengths and products of the error of the code with values `beside`; not for crowded codes."""
+        ...
+
     def weighted_sum(self, weights_B: Tensor, rows_BD: Tensor) -> Tensor:
         """sum of weights[b] * rows[b]: [D]."""
         ...

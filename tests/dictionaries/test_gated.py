@@ -215,7 +215,7 @@ def test_resampling_resets_magnitudes_too():
     member.silent_F[dead] = 10**9
     before = {name: tensor.clone() for name, tensor in member.state().items()}
     batch = TrainingBatch(member.read(x[640:704]), member.read(x[640:704]), dead, 10, 30)
-    member._resample(batch)
+    member.resample(batch)
     for name, tensor in member.state().items():
         if tensor.ndim and len(tensor) == 48 and name != "silent":
             assert torch.equal(tensor[~dead], before[name][~dead]), name

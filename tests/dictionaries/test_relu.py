@@ -255,7 +255,7 @@ def test_resampling_gives_dead_latents_a_new_start_and_touches_no_other():
     before = {name: tensor.clone() for name, tensor in member.state().items()}
     errors = (sae(batch.x) - batch.x).square().sum(1).double()
     drawn = torch.multinomial(errors.square(), 3, generator=batch.generator())
-    member._resample(batch)
+    member.resample(batch)
     after = member.state()
     for name, tensor in after.items():
         if tensor.ndim and len(tensor) == 48 and name != "silent":

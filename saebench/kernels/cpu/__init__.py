@@ -156,6 +156,23 @@ def decode_error(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor)
     return error_BD, squares_B, found
 
 
+def decode_error_pair(
+    codes: SparseCodes, beside: Tensor, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    W_FD, bias_D, y_BD, beside = W_FD.contiguous(), bias_D.contiguous(), y_BD.contiguous(), beside.contiguous()
+    error_BD = torch.empty_like(y_BD)
+    squares_2B, found_2N = torch.empty(2, len(codes)), torch.empty(2, *codes.values.shape)
+    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
+    library().saebench_decode_error_pair(
+        *_entries(codes),
+        *map(_at, (beside, W_FD, bias_D, y_BD)),
+        *sizes,
+        torch.get_num_threads(),
+        *map(_at, (error_BD, squares_2B, found_2N)),
+    )
+    return error_BD, squares_2B[0], found_2N[0], squares_2B[1], found_2N[1]
+
+
 def dots(codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     if codes.crowded(CROWDED):
         return stock.dots(codes, rows_BD, W_FD)

@@ -65,6 +65,30 @@ void add_rows(const Entries& entries, int64_t token, int64_t last, const float* 
     for (; e < entries.end(token); e++) add_scaled(y, entries.values[e], row(e), width);
 }
 
+// The same for two sums at once: the entries' own values onto y, the values `beside` onto z.
+void add_rows_twice(const Entries& entries, const float* beside, int64_t token, int64_t last, const float* w, int64_t width, float* y, float* z) {
+    int64_t e = entries.begin(token);
+    const auto row = [&](int64_t entry) { return w + entries.indices[std::min(entry, last - 1)] * width; };
+    for (; e + 4 <= entries.end(token); e += 4) {
+        const float *rows[4], *later[4];
+        Floats own[4], other[4];
+        for (int i = 0; i < 4; i++) {
+            rows[i] = row(e + i), later[i] = row(e + AHEAD + i);
+            own[i] = all(entries.values[e + i]), other[i] = all(beside[e + i]);
+        }
+        int64_t p = 0;
+        for (; p + LANES <= width; p += LANES) {
+            Floats at[4];
+            for (int i = 0; i < 4; i++) __builtin_prefetch(later[i] + p), at[i] = load(rows[i] + p);
+            store(y + p, load(y + p) + ((own[0] * at[0] + own[1] * at[1]) + (own[2] * at[2] + own[3] * at[3])));
+            store(z + p, load(z + p) + ((other[0] * at[0] + other[1] * at[1]) + (other[2] * at[2] + other[3] * at[3])));
+        }
+        for (; p < width; p++)
+            for (int i = 0; i < 4; i++) y[p] += entries.values[e + i] * rows[i][p], z[p] += beside[e + i] * rows[i][p];
+    }
+    for (; e < entries.end(token); e++) add_scaled(y, entries.values[e], row(e), width), add_scaled(z, beside[e], row(e), width);
+}
+
 constexpr int64_t STRIP = 2 * LANES;        // columns whose sums stay in registers
 constexpr int64_t STRIP_BYTES = 768 << 10;  // of all rows within a strip: they stay in the second-level cache
 
@@ -135,6 +159,30 @@ void saebench_decode_error(const int32_t* indices, const float* values, const in
         add_rows(entries, t, entries.end(tokens - 1), w, width, e_row);
         squares[t] = dot(e_row, e_row, width);
         products(entries, t, e_row, w, width, out);
+    }
+}
+
+// The same, and beside it squares and products for other values at the same entries, whose errors are not kept; squares and out hold both.
+void saebench_decode_error_pair(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* beside,
+                                const float* w, const float* bias, const float* y, int64_t tokens, int64_t width, int threads, float* error,
+                                float* squares, float* out) {
+    const Entries entries{indices, values, offsets, k};
+    const int64_t last = entries.end(tokens - 1);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> memory(width + LANES);
+        float* other = memory.data();
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t t = 0; t < tokens; t++) {
+            float* e_row = error + t * width;
+            const float* y_row = y + t * width;
+            for (int64_t p = 0; p < width; p++) other[p] = e_row[p] = bias[p] - y_row[p];
+            add_rows_twice(entries, beside, t, last, w, width, e_row, other);
+            squares[t] = dot(e_row, e_row, width);
+            squares[tokens + t] = dot(other, other, width);
+            products(entries, t, e_row, w, width, out);
+            products(entries, t, other, w, width, out + last);
+        }
     }
 }
 
