@@ -116,7 +116,7 @@ def test_with_all_edges_between_some_nodes_the_circuit_is_that_of_the_nodes(tiny
     examples = random_examples(tiny_lm, length=5)
     patching = Patching(tiny_lm, mixed(tiny_lm), examples, patch=patch, keep_positions=keep, batch_size=2)
     effects = patching.effects("first_order")
-    nodes_M = torch.randperm(len(effects), generator=torch.Generator().manual_seed(2))[: 2 * len(effects) // 3]
+    nodes_M = torch.randperm(len(effects), generator=torch.Generator().manual_seed(4))[: 2 * len(effects) // 3]
     circuit = FeatureCircuit(patching, effects, nodes_M)
     every_MM, every_M = torch.ones(len(nodes_M), len(nodes_M), dtype=torch.bool), torch.ones(len(nodes_M), dtype=torch.bool)
     kept = torch.zeros(len(effects), dtype=torch.bool)
