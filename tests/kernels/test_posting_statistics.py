@@ -305,7 +305,7 @@ def test_without_a_compiler_numpy_serves(monkeypatch):
     with use_implementation("reference"):
         expected = everything(made, (70,))
     monkeypatch.setattr(arrays, "primitives_for", lambda tensor: stock)
-    monkeypatch.setattr(cpu, "library", lambda: pytest.fail("compiled kernels were asked for"))
+    monkeypatch.setattr("saebench.kernels.cpu.postings.library", lambda: pytest.fail("compiled kernels were asked for"))
     for ours, theirs in zip(everything(made, (70,)), expected, strict=True):
         assert_same(ours, theirs)
 
@@ -340,7 +340,7 @@ def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
     expected = everything(larger())
     build.compile_to(tmp_path / "kernels.so", build.find_compiler(), [*build.FLAGS, f"-march={processor}"])
     older = ctypes.CDLL(str(tmp_path / "kernels.so"))
-    monkeypatch.setattr(cpu, "library", lambda: older)
+    monkeypatch.setattr("saebench.kernels.cpu.postings.library", lambda: older)
     for ours, theirs in zip(everything(larger()), expected, strict=True):
         assert_same(ours, theirs)
     test_every_finite_value_is_read("cpu")

@@ -1,5 +1,5 @@
-"""The primitives compiled for this machine's processor, float32 (primitives.py has the contract; encode.cpp and rows.cpp the work), and
-statistics of postings (posting_statistics.py; postings.cpp).
+"""The primitives compiled for this machine's processor, float32 (primitives.py has the contract; encode.cpp and rows.cpp the work);
+statistics of postings are in postings.py.
 
 The same bits for any number of threads. Where so many entries are active that dense arithmetic is faster, torch's takes over.
 """
@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
 from saebench.errors import NotFinite
 from saebench.kernels import stock
-from saebench.kernels.cpu.build import load
+from saebench.kernels.cpu.library import at  # the others are offered here
+from saebench.kernels.cpu.library import library as library
+from saebench.kernels.cpu.postings import coactivation as coactivation
+from saebench.kernels.cpu.postings import merge_runs as merge_runs
+from saebench.kernels.cpu.postings import moments as moments
+from saebench.kernels.cpu.postings import top_tokens as top_tokens
 from saebench.kernels.latent_order import latent_order
 from saebench.kernels.primitives import AdamRule, Gradient, Term
 
@@ -29,18 +32,6 @@ RETRY = 200  # calls after which fewer bits are tried again
 _bits: dict[
     tuple[int, int, bool], list[int]
 ] = {}  # for sizes and kind of selection: bits of the screen, calls since they were chosen
-
-
-@cache
-def library() -> ctypes.CDLL:
-    """The compiled kernels. Raises BuildError."""
-    found = load()
-    found.saebench_topk.restype = ctypes.c_int64
-    found.saebench_nearest.restype = ctypes.c_int64
-    found.saebench_above.restype = ctypes.c_void_p
-    for name in ("saebench_latents", "saebench_gradient_bound"):
-        getattr(found, name).restype = ctypes.c_double
-    return found
 
 
 def screen_bits() -> int:
@@ -61,12 +52,12 @@ def topk(
     indices_BK = torch.empty(len(x_BD), k, dtype=torch.int32)
     kind = (num, W_FD.shape[1], True)
     computed = library().saebench_topk(
-        *map(_at, (x_BD, W_FD, b_F, scale_F, latents_M)),
+        *map(at, (x_BD, W_FD, b_F, scale_F, latents_M)),
         *map(ctypes.c_int64, (len(x_BD), W_FD.shape[1], num, k)),
         _screen(kind),
         torch.get_num_threads(),
-        _at(values_BK),
-        _at(indices_BK),
+        at(values_BK),
+        at(indices_BK),
     )
     if computed < 0:
         raise _not_finite(x_BD)
@@ -82,11 +73,11 @@ def above(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, thres
     kind = (num, width, False)
     computed = ctypes.c_int64(0)
     selection = library().saebench_above(
-        *map(_at, (x_BD, W_FD, b_F, scale_F, threshold_F)),
+        *map(at, (x_BD, W_FD, b_F, scale_F, threshold_F)),
         *map(ctypes.c_int64, (tokens, width, num)),
         _screen(kind),
         torch.get_num_threads(),
-        _at(offsets_B),
+        at(offsets_B),
         ctypes.byref(computed),
     )
     if selection is None:
@@ -97,10 +88,10 @@ def above(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, thres
     library().saebench_take(
         ctypes.c_void_p(selection),
         ctypes.c_int64(tokens),
-        _at(offsets_B),
+        at(offsets_B),
         torch.get_num_threads(),
-        _at(indices_N),
-        _at(values_N),
+        at(indices_N),
+        at(values_N),
     )
     return offsets_B, indices_N, values_N
 
@@ -115,11 +106,11 @@ def nearest(rows_FD: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     values_FK, indices_FK, again_F = torch.empty(num, k), torch.empty(num, k, dtype=torch.int32), torch.empty_like(order_F)
     kind, computed = (num, width, True), ctypes.c_int64(0)
     failed = library().saebench_nearest(
-        *map(_at, (mixed_FD, order_F, zeros_F)),
+        *map(at, (mixed_FD, order_F, zeros_F)),
         *map(ctypes.c_int64, (num, width, k)),
         _screen(kind),
         torch.get_num_threads(),
-        *map(_at, (values_FK, indices_FK, again_F)),
+        *map(at, (values_FK, indices_FK, again_F)),
         ctypes.byref(computed),
     )
     if failed < 0:
@@ -135,7 +126,7 @@ def decode(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor | None = None) -> Te
     bias_D = W_FD.new_zeros(W_FD.shape[1]) if bias_D is None else bias_D.contiguous()
     out_BD = torch.empty(len(codes), W_FD.shape[1])
     sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1], len(W_FD)))
-    library().saebench_decode(*_entries(codes), _at(W_FD), _at(bias_D), *sizes, torch.get_num_threads(), _at(out_BD))
+    library().saebench_decode(*_entries(codes), at(W_FD), at(bias_D), *sizes, torch.get_num_threads(), at(out_BD))
     return out_BD
 
 
@@ -148,10 +139,10 @@ def decode_error(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor)
     sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
     library().saebench_decode_error(
         *_entries(codes),
-        *map(_at, (W_FD, bias_D, y_BD)),
+        *map(at, (W_FD, bias_D, y_BD)),
         *sizes,
         torch.get_num_threads(),
-        *map(_at, (error_BD, squares_B, found)),
+        *map(at, (error_BD, squares_B, found)),
     )
     return error_BD, squares_B, found
 
@@ -165,10 +156,10 @@ def decode_error_pair(
     sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
     library().saebench_decode_error_pair(
         *_entries(codes),
-        *map(_at, (beside, W_FD, bias_D, y_BD)),
+        *map(at, (beside, W_FD, bias_D, y_BD)),
         *sizes,
         torch.get_num_threads(),
-        *map(_at, (error_BD, squares_2B, found_2N)),
+        *map(at, (error_BD, squares_2B, found_2N)),
     )
     return error_BD, squares_2B[0], found_2N[0], squares_2B[1], found_2N[1]
 
@@ -179,7 +170,7 @@ def dots(codes: SparseCodes, rows_BD: Tensor, W_FD: Tensor) -> Tensor:
     rows_BD, W_FD = rows_BD.contiguous(), W_FD.contiguous()
     out = torch.empty(codes.values.shape)
     sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
-    library().saebench_dots(*_entries(codes), _at(rows_BD), _at(W_FD), *sizes, torch.get_num_threads(), _at(out))
+    library().saebench_dots(*_entries(codes), at(rows_BD), at(W_FD), *sizes, torch.get_num_threads(), at(out))
     return out
 
 
@@ -187,7 +178,7 @@ def weighted_sum(weights_B: Tensor, rows_BD: Tensor) -> Tensor:
     weights_B, rows_BD = weights_B.contiguous(), rows_BD.contiguous()
     out_D = torch.empty(rows_BD.shape[1])
     sizes = map(ctypes.c_int64, rows_BD.shape)
-    library().saebench_weighted_sum(_at(weights_B), _at(rows_BD), *sizes, torch.get_num_threads(), _at(out_D))
+    library().saebench_weighted_sum(at(weights_B), at(rows_BD), *sizes, torch.get_num_threads(), at(out_D))
     return out_D
 
 
@@ -195,7 +186,7 @@ def by_latent(indices_N: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     indices_N = indices_N.contiguous()
     order_N, starts_F = torch.empty_like(indices_N), torch.empty(d_sae + 1, dtype=torch.int32)
     sizes = map(ctypes.c_int64, (len(indices_N), d_sae))
-    library().saebench_by_latent(_at(indices_N), *sizes, _at(starts_F), _at(order_N))
+    library().saebench_by_latent(at(indices_N), *sizes, at(starts_F), at(order_N))
     return order_N, starts_F
 
 
@@ -205,7 +196,7 @@ def sums(codes: SparseCodes, rows_BD: Tensor) -> Tensor:
     terms, _kept = _terms([Term(codes, rows_BD)])
     out_FD = torch.empty(codes.d_sae, rows_BD.shape[1])
     sizes = map(ctypes.c_int64, out_FD.shape)
-    library().saebench_sums(terms, *sizes, torch.get_num_threads(), _at(out_FD))
+    library().saebench_sums(terms, *sizes, torch.get_num_threads(), at(out_FD))
     return out_FD
 
 
@@ -221,8 +212,8 @@ def gradient_bound(W_FD: Tensor, gradient: Gradient) -> float:
         terms,
         len(lengths),
         pointers,
-        _at(gradient.own_F),
-        _at(W_FD),
+        at(gradient.own_F),
+        at(W_FD),
         *map(ctypes.c_int64, W_FD.shape),
         torch.get_num_threads(),
     )
@@ -256,13 +247,13 @@ def _latents(
     dense_FD = None if gradient.dense_FD is None else gradient.dense_FD.contiguous()
     corrections = (1 - beta**rule.step for beta in rule.betas)
     squares = library().saebench_latents(
-        _at(W_FD),
-        *(_at(m_FD if m_FD is not None and m_FD.dtype == dtype else None) for dtype in (torch.float32, torch.bfloat16)),
-        _at(v_FD),
+        at(W_FD),
+        *(at(m_FD if m_FD is not None and m_FD.dtype == dtype else None) for dtype in (torch.float32, torch.bfloat16)),
+        at(v_FD),
         terms,
         len(gradient.terms),
-        _at(dense_FD),
-        _at(gradient.own_F),
+        at(dense_FD),
+        at(gradient.own_F),
         *map(ctypes.c_int64, W_FD.shape),
         int(unit),
         *map(ctypes.c_float, (factor, rule.lr, *rule.betas, rule.eps)),
@@ -270,95 +261,6 @@ def _latents(
         torch.get_num_threads(),
     )
     return torch.tensor(squares, dtype=torch.float64)
-
-
-def moments(
-    starts_F1: np.ndarray, tokens_N: np.ndarray, values_N: np.ndarray, context_size: int, bins: int, position_bins: int
-) -> tuple[np.ndarray, ...]:
-    num = len(starts_F1) - 1
-    found: tuple[np.ndarray, ...] = (
-        np.zeros((4, num)),
-        *(np.zeros(num, np.float32) for _ in range(2)),
-        *(np.zeros(shape, np.int64) for shape in (num, (num, bins), (num, position_bins))),
-    )
-    library().saebench_moments(
-        *map(_address, (starts_F1, tokens_N, values_N)),
-        *map(ctypes.c_int64, (num, context_size, bins, position_bins)),
-        torch.get_num_threads(),
-        *map(_address, found),
-    )
-    return *found[0], *found[1:]
-
-
-def top_tokens(
-    starts_F1: np.ndarray, tokens_N: np.ndarray, values_N: np.ndarray, ids_T: np.ndarray, vocabulary: int, count: int
-) -> tuple[np.ndarray, ...]:
-    """Raises ValueError where an id is outside the vocabulary."""
-    num = len(starts_F1) - 1
-    found: tuple[np.ndarray, ...] = (
-        np.full((num, count), -1, np.int32),
-        np.zeros((num, count), np.int64),
-        np.zeros((num, count)),
-        np.zeros(num, np.int64),
-    )
-    valid = library().saebench_top_tokens(
-        *map(_address, (starts_F1, tokens_N, values_N, ids_T)),
-        *map(ctypes.c_int64, (num, vocabulary, count)),
-        torch.get_num_threads(),
-        *map(_address, found),
-    )
-    if not valid:
-        raise ValueError(f"ids_T holds ids outside a vocabulary of {vocabulary}")
-    return found
-
-
-def coactivation(
-    starts_F1: np.ndarray,
-    tokens_N: np.ndarray,
-    codes: Sequence[tuple[int, np.ndarray, np.ndarray]],
-    counts_G: np.ndarray,
-    spreads_G: np.ndarray,
-    num_tokens: int,
-    first_latent: int,
-    count: int,
-) -> tuple[np.ndarray, ...]:
-    """`codes`: of each chunk its first token, starts and latents."""
-    num = len(starts_F1) - 1
-    found: tuple[np.ndarray, ...] = (
-        np.full((num, count), -1, np.int32),
-        np.zeros((num, count), np.int64),
-        np.zeros((num, count)),
-    )
-    firsts = np.array([first for first, _, _ in codes], np.int64)
-    sizes = np.array([len(starts) - 1 for _, starts, _ in codes], np.int64)
-    library().saebench_coactivation(
-        *map(_address, (starts_F1, tokens_N)),
-        *map(ctypes.c_int64, (num, len(codes))),
-        *map(_address, (firsts, sizes)),
-        _addresses([starts for _, starts, _ in codes]),
-        _addresses([latents for _, _, latents in codes]),
-        *map(_address, (counts_G, spreads_G)),
-        *map(ctypes.c_int64, (len(counts_G), num_tokens, first_latent, count)),
-        torch.get_num_threads(),
-        *map(_address, found),
-    )
-    return found
-
-
-def merge_runs(
-    runs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], first_latent: int, starts_F1: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """`runs`: of each its starts, tokens and values; `starts_F1` are those of the result."""
-    found = np.empty(starts_F1[-1], np.int32), np.empty(starts_F1[-1], np.float16)
-    library().saebench_merge_runs(
-        ctypes.c_int64(len(runs)),
-        *(_addresses([run[part] for run in runs]) for part in range(3)),
-        *map(ctypes.c_int64, (first_latent, len(starts_F1) - 1)),
-        _address(starts_F1),
-        torch.get_num_threads(),
-        *map(_address, found),
-    )
-    return found
 
 
 class _Term(ctypes.Structure):
@@ -383,19 +285,7 @@ def _entries(codes: SparseCodes) -> tuple[ctypes.c_void_p | ctypes.c_int64, ...]
     fixed = codes.offsets is None
     k = codes.indices.shape[1] if fixed else 0
     codes.indices, codes.values = codes.indices.contiguous(), codes.values.contiguous()
-    return *map(_at, (codes.indices, codes.values, codes.offsets)), ctypes.c_int64(k)
-
-
-def _at(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _address(array: np.ndarray) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-def _addresses(arrays: Sequence[np.ndarray]) -> ctypes.Array:
-    return (ctypes.c_void_p * max(1, len(arrays)))(*[array.ctypes.data for array in arrays])
+    return *map(at, (codes.indices, codes.values, codes.offsets)), ctypes.c_int64(k)
 
 
 def _ready(*tensors: Tensor | None) -> list:
