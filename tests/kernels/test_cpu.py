@@ -368,7 +368,7 @@ def test_an_order_that_cannot_be_followed_is_refused():
 def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
     """Vectors of 4 and 8 numbers instead of 16, and screens of 32 and 16 bits."""
     build.compile_to(tmp_path / "kernels.so", build.find_compiler(), [*build.FLAGS, f"-march={processor}"])
-    monkeypatch.setattr(cpu, "load", lambda: ctypes.CDLL(str(tmp_path / "kernels.so")))
+    monkeypatch.setattr("saebench.kernels.cpu.calls.load", lambda: ctypes.CDLL(str(tmp_path / "kernels.so")))
     older = cpu.library.__wrapped__()
     monkeypatch.setattr(cpu, "library", lambda: older)
     monkeypatch.setattr(cpu, "_bits", {})

@@ -15,8 +15,8 @@ from torch import Tensor
 from saebench.codes import SparseCodes
 from saebench.errors import NotFinite
 from saebench.kernels import stock
-from saebench.kernels.cpu.library import at  # the others are offered here
-from saebench.kernels.cpu.library import library as library
+from saebench.kernels.cpu.calls import at  # the others are offered here
+from saebench.kernels.cpu.calls import library as library
 from saebench.kernels.cpu.postings import coactivation as coactivation
 from saebench.kernels.cpu.postings import merge_runs as merge_runs
 from saebench.kernels.cpu.postings import moments as moments

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from saebench.kernels.cpu.library import address, addresses, library
+from saebench.kernels.cpu.calls import address, addresses, library
 
 
 def moments(
