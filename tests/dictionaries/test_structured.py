@@ -102,7 +102,9 @@ def test_an_expensive_low_rank_part_leaves_relu_with_p_annealing():
     assert float(dense(expensive)) < 1e-6
     assert float(dense(cheap)) > 0.1
     fvu = lambda d: float((d(x) - x).square().sum() / (x - x.mean(0)).square().sum())  # noqa: E731
-    assert fvu(expensive) == pytest.approx(fvu(relu), rel=0.3)  # annealing turns rounding, other for other threads, into other minima
+    assert fvu(expensive) == pytest.approx(
+        fvu(relu), rel=0.3
+    )  # annealing turns rounding, other for other threads, into other minima
     assert fvu(cheap) < 0.8 * fvu(relu)
 
 
