@@ -29,7 +29,6 @@ struct Above {
         std::vector<float> z;
         std::vector<Found>& found;
         int64_t computed = 0;
-        double share = 0;
         Own(Above& keep, int64_t most, int thread)
             : most(most + LANES), latents(TILE_TOKENS * this->most), counts(TILE_TOKENS), z(this->most), found(keep.found[thread]) {}
     };
@@ -155,7 +154,7 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
             for (int64_t group = 0; group < tokens.tiles; group += GROUP_TILES)
                 for (int64_t i = 0; i < held; i++) {
                     const int64_t done = first + i + 1, end = std::min(tokens.tiles, group + GROUP_TILES);
-                    own.share = (double)done / num_blocks;
+                    if constexpr (std::is_same_v<Keep, Contenders>) own.share = (double)done / num_blocks;
                     for (int64_t tile = group; tile < end; tile++) {
                         if constexpr (std::is_same_v<Keep, Contenders>)
                             if (keep.guessing && done == 1) {

@@ -45,48 +45,34 @@ struct Gather {
 
 constexpr int64_t AHEAD = 8;  // entries whose rows are on their way from memory
 
-// y += the rows of a token's entries, four at a time, while later ones are asked for. `last` is the end of all entries.
-void add_rows(const Entries& entries, int64_t token, int64_t last, const float* w, int64_t width, float* y) {
+// Onto each of the sums y the rows of a token's entries with these values, four at a time, while later rows are asked for. `last` is the end of
+// all entries.
+template <int SUMS>
+void add_rows(const Entries& entries, const float* const (&values)[SUMS], int64_t token, int64_t last, const float* w, int64_t width,
+              float* const (&y)[SUMS]) {
     int64_t e = entries.begin(token);
     const auto row = [&](int64_t entry) { return w + entries.indices[std::min(entry, last - 1)] * width; };
     for (; e + 4 <= entries.end(token); e += 4) {
         const float *rows[4], *later[4];
-        Floats weights[4];
-        for (int i = 0; i < 4; i++) rows[i] = row(e + i), later[i] = row(e + AHEAD + i), weights[i] = all(entries.values[e + i]);
-        int64_t p = 0;
-        for (; p + LANES <= width; p += LANES) {
-            for (int i = 0; i < 4; i++) __builtin_prefetch(later[i] + p);
-            store(y + p, load(y + p) + ((weights[0] * load(rows[0] + p) + weights[1] * load(rows[1] + p)) +
-                                        (weights[2] * load(rows[2] + p) + weights[3] * load(rows[3] + p))));
-        }
-        for (; p < width; p++)
-            for (int i = 0; i < 4; i++) y[p] += entries.values[e + i] * rows[i][p];
-    }
-    for (; e < entries.end(token); e++) add_scaled(y, entries.values[e], row(e), width);
-}
-
-// The same for two sums at once: the entries' own values onto y, the values `beside` onto z.
-void add_rows_twice(const Entries& entries, const float* beside, int64_t token, int64_t last, const float* w, int64_t width, float* y, float* z) {
-    int64_t e = entries.begin(token);
-    const auto row = [&](int64_t entry) { return w + entries.indices[std::min(entry, last - 1)] * width; };
-    for (; e + 4 <= entries.end(token); e += 4) {
-        const float *rows[4], *later[4];
-        Floats own[4], other[4];
+        Floats weights[SUMS][4];
         for (int i = 0; i < 4; i++) {
             rows[i] = row(e + i), later[i] = row(e + AHEAD + i);
-            own[i] = all(entries.values[e + i]), other[i] = all(beside[e + i]);
+            for (int n = 0; n < SUMS; n++) weights[n][i] = all(values[n][e + i]);
         }
         int64_t p = 0;
         for (; p + LANES <= width; p += LANES) {
             Floats at[4];
             for (int i = 0; i < 4; i++) __builtin_prefetch(later[i] + p), at[i] = load(rows[i] + p);
-            store(y + p, load(y + p) + ((own[0] * at[0] + own[1] * at[1]) + (own[2] * at[2] + own[3] * at[3])));
-            store(z + p, load(z + p) + ((other[0] * at[0] + other[1] * at[1]) + (other[2] * at[2] + other[3] * at[3])));
+#pragma GCC unroll 2
+            for (int n = 0; n < SUMS; n++)
+                store(y[n] + p, load(y[n] + p) + ((weights[n][0] * at[0] + weights[n][1] * at[1]) + (weights[n][2] * at[2] + weights[n][3] * at[3])));
         }
         for (; p < width; p++)
-            for (int i = 0; i < 4; i++) y[p] += entries.values[e + i] * rows[i][p], z[p] += beside[e + i] * rows[i][p];
+            for (int i = 0; i < 4; i++)
+                for (int n = 0; n < SUMS; n++) y[n][p] += values[n][e + i] * rows[i][p];
     }
-    for (; e < entries.end(token); e++) add_scaled(y, entries.values[e], row(e), width), add_scaled(z, beside[e], row(e), width);
+    for (; e < entries.end(token); e++)
+        for (int n = 0; n < SUMS; n++) add_scaled(y[n], values[n][e], row(e), width);
 }
 
 constexpr int64_t STRIP = 2 * LANES;        // columns whose sums stay in registers
@@ -142,7 +128,7 @@ void saebench_decode(const int32_t* indices, const float* values, const int64_t*
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
         std::memcpy(out + t * width, bias, width * sizeof(float));
-        add_rows(entries, t, entries.end(tokens - 1), w, width, out + t * width);
+        add_rows<1>(entries, {values}, t, entries.end(tokens - 1), w, width, {out + t * width});
     }
 }
 
@@ -156,7 +142,7 @@ void saebench_decode_error(const int32_t* indices, const float* values, const in
         float* e_row = error + t * width;
         const float* y_row = y + t * width;
         for (int64_t p = 0; p < width; p++) e_row[p] = bias[p] - y_row[p];
-        add_rows(entries, t, entries.end(tokens - 1), w, width, e_row);
+        add_rows<1>(entries, {values}, t, entries.end(tokens - 1), w, width, {e_row});
         squares[t] = dot(e_row, e_row, width);
         products(entries, t, e_row, w, width, out);
     }
@@ -177,7 +163,7 @@ void saebench_decode_error_pair(const int32_t* indices, const float* values, con
             float* e_row = error + t * width;
             const float* y_row = y + t * width;
             for (int64_t p = 0; p < width; p++) other[p] = e_row[p] = bias[p] - y_row[p];
-            add_rows_twice(entries, beside, t, last, w, width, e_row, other);
+            add_rows<2>(entries, {values, beside}, t, last, w, width, {e_row, other});
             squares[t] = dot(e_row, e_row, width);
             squares[tokens + t] = dot(other, other, width);
             products(entries, t, e_row, w, width, out);
