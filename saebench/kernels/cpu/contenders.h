@@ -57,7 +57,7 @@ struct Contenders {
     static int64_t room_for(int64_t k) { return (10 * k + 8 * LANES) / LANES * LANES; }
 
     Contenders(int64_t tokens, int64_t k, bool guessing)
-        : k(k), room(room_for(k)), limits(tokens + TILE_TOKENS), guesses(tokens), sizes(tokens), upper(tokens * room), middle(tokens * room),
+        : k(k), room(room_for(k)), limits(tokens + MOST_TOKENS), guesses(tokens), sizes(tokens), upper(tokens * room), middle(tokens * room),
           latents(tokens * room), guessing(guessing) {}
 
     template <class Screen>

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t BATCH_BYTES = 8 << 20;  // of packed latents that all tokens pass over before the next are packed
 constexpr int64_t TOKEN_BYTES = 2 << 20;  // of tokens that are settled together: they stay in the cache while rows of latents pass by
 constexpr int64_t ROOM_BYTES = 32 << 20;  // for what contends in all tokens that are at work
-constexpr int GROUP_TILES = 8;            // tiles of tokens that one thread takes at a time
+constexpr int GROUP_TOKENS = 96;          // that one thread takes at a time, some tiles
 
 // All entries above a threshold of each latent, as each thread finds them.
 struct Above {
@@ -30,7 +30,7 @@ struct Above {
         std::vector<Found>& found;
         int64_t computed = 0;
         Own(Above& keep, int64_t most, int thread)
-            : most(most + LANES), latents(TILE_TOKENS * this->most), counts(TILE_TOKENS), z(this->most), found(keep.found[thread]) {}
+            : most(most + LANES), latents(MOST_TOKENS * this->most), counts(MOST_TOKENS), z(this->most), found(keep.found[thread]) {}
     };
     const float* threshold;  // [F]
     std::vector<std::vector<Found>> found;
@@ -40,13 +40,13 @@ struct Above {
     template <class Screen>
     Floats limit(int64_t, const Block<Screen>& block, int64_t j) const { return load(block.limits.data() + j); }
     void add(Own& own, const Problem&, int64_t token, uint32_t bits, Floats, Floats, Ints numbers) {
-        const int64_t i = token % TILE_TOKENS;
+        const int64_t i = token % MOST_TOKENS;
         compress(own.latents.data() + i * own.most + own.counts[i], numbers, bits);
         own.counts[i] += __builtin_popcount(bits);
     }
     // A token has passed over a block.
     void close(Own& own, const Problem& problem, int64_t token) {
-        const int64_t i = token % TILE_TOKENS, count = own.counts[i];
+        const int64_t i = token % MOST_TOKENS, count = own.counts[i];
         const int32_t* of = own.latents.data() + i * own.most;
         problem.scores(token, of, count, own.z.data());
         for (int64_t j = 0; j < count; j++)
@@ -67,30 +67,31 @@ void take(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
 // A tile of tokens passes over a block.
 template <class Screen, class Keep>
 void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Keep& keep, typename Keep::Own& own) {
-    const int64_t token0 = tile * TILE_TOKENS;
-    const int rows = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
+    const int64_t token0 = tile * Screen::TOKENS;
+    const int rows = (int)std::min<int64_t>(Screen::TOKENS, problem.tokens - token0);
     for (int64_t at = 0; at < block.size; at += PANEL) {
-        typename Screen::sums c[TILE_TOKENS][2];
+        typename Screen::sums c[Screen::TOKENS][2];
         multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
                          tokens.words, c);
-        Floats most[TILE_TOKENS][2];
-        uint32_t bits[TILE_TOKENS][2], any = 0;
+        Floats most[Screen::TOKENS][2];
+        uint32_t bits[Screen::TOKENS][2];
+        uint64_t any = 0;
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             const int64_t j = at + half * LANES;
             const Floats block_unit = load(block.unit.data() + j), block_bias = load(block.bias.data() + j),
                          block_norm = load(block.norm.data() + j), block_missed = load(block.missed.data() + j);
 #pragma GCC unroll 12
-            for (int i = 0; i < TILE_TOKENS; i++) {
+            for (int i = 0; i < Screen::TOKENS; i++) {
                 const int64_t token = token0 + i;
                 const Floats slack = all(tokens.missed[token]) * block_norm + all(tokens.norm[token]) * block_missed;
                 most[i][half] = Screen::value(c[i][half]) * (all(tokens.unit[token]) * block_unit) + (block_bias + slack);
                 bits[i][half] = at_least(most[i][half], keep.limit(token, block, j));
-                any |= (uint32_t)(bits[i][half] != 0) << i;
+                any |= (uint64_t)(bits[i][half] != 0) << i;
             }
         }
-        for (any &= (1u << rows) - 1; any; any &= any - 1) {
-            const int i = __builtin_ctz(any);
+        for (any &= ((uint64_t)1 << rows) - 1; any; any &= any - 1) {
+            const int i = __builtin_ctzll(any);
             for (int half = 0; half < 2; half++)
                 if (bits[i][half]) take(problem, tokens, block, token0 + i, at + half * LANES, bits[i][half], most[i][half], keep, own);
         }
@@ -103,10 +104,10 @@ void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
 template <class Screen>
 void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Contenders& keep,
                 Contenders::Own& own, std::vector<float>& scores) {
-    const int64_t padded = block.padded(), token0 = tile * TILE_TOKENS;
+    const int64_t padded = block.padded(), token0 = tile * Screen::TOKENS;
     const int64_t rank = std::min(block.size, safe_rank(keep.k, (double)block.size / problem.num));
     float* best = tile_scores<Screen>(tokens, block, tile, scores);
-    for (int64_t token = token0; token < std::min(problem.tokens, token0 + TILE_TOKENS); token++) {
+    for (int64_t token = token0; token < std::min(problem.tokens, token0 + Screen::TOKENS); token++) {
         const float* z = scores.data() + (token - token0) * padded;
         const float ranked = rank_of_groups(z, padded, rank, best);
         if (rank < keep.k)
@@ -125,6 +126,7 @@ template <class Screen, class Keep>
 bool run(const Problem& problem, int threads, Keep& keep, const float* threshold, int64_t& computed) {
     const Tokens<Screen> tokens(problem, threads);
     if (!tokens.finite) return false;
+    constexpr int GROUP = GROUP_TOKENS / Screen::TOKENS;
     const int64_t row_bytes = tokens.words * sizeof(typename Screen::word);
     const int64_t size = std::max<int64_t>(PANEL, std::min<int64_t>(BLOCK_LATENTS, BLOCK_BYTES / row_bytes / PANEL * PANEL));
     const int64_t num_blocks = (problem.num + size - 1) / size, most = (problem.num / num_blocks + 1 + PANEL) / PANEL * PANEL;
@@ -133,6 +135,7 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
     int64_t count = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : count)
     {
+        const Multiplying<Screen> multiplying;
         typename Keep::Own own(keep, most, omp_get_thread_num());
         std::vector<float> scores;
         for (int64_t first = 0; first < num_blocks && finite; first += blocks.size()) {
@@ -151,9 +154,9 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
 #pragma omp barrier
             if (!finite) break;
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t group = 0; group < tokens.tiles; group += GROUP_TILES)
+            for (int64_t group = 0; group < tokens.tiles; group += GROUP)
                 for (int64_t i = 0; i < held; i++) {
-                    const int64_t done = first + i + 1, end = std::min(tokens.tiles, group + GROUP_TILES);
+                    const int64_t done = first + i + 1, end = std::min(tokens.tiles, group + GROUP);
                     if constexpr (std::is_same_v<Keep, Contenders>) own.share = (double)done / num_blocks;
                     for (int64_t tile = group; tile < end; tile++) {
                         if constexpr (std::is_same_v<Keep, Contenders>)
@@ -165,7 +168,7 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
                     }
                     if constexpr (std::is_same_v<Keep, Contenders>)
                         if (keep.guessing && done > 1 && (done & (done - 1)) == 0)
-                            for (int64_t token = group * TILE_TOKENS; token < std::min(problem.tokens, end * TILE_TOKENS); token++)
+                            for (int64_t token = group * Screen::TOKENS; token < std::min(problem.tokens, end * Screen::TOKENS); token++)
                                 keep.look_back(token, own.share);
                 }
         }
@@ -177,6 +180,9 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
 
 template <class Keep>
 bool run_screened(int bits, const Problem& problem, int threads, Keep& keep, const float* threshold, int64_t& computed) {
+#if defined(MATRIX_UNIT)
+    if (bits == 8 && Tiles::granted()) return run<Tiles>(problem, threads, keep, threshold, computed);
+#endif
 #if defined(BYTES_AND_PAIRS)
     if (bits == 8) return run<Bytes>(problem, threads, keep, threshold, computed);
 #endif
@@ -247,10 +253,19 @@ int saebench_screen_bits() {
 #endif
 }
 
+// Whether the processor's matrix unit multiplies 8-bit integers here.
+int saebench_matrix_unit() {
+#if defined(MATRIX_UNIT)
+    return Tiles::granted();
+#else
+    return 0;
+#endif
+}
+
 // Values and indices [B, K], best first. Returns how many scores were computed in float32, or -1 where x, w, b are not finite.
 int64_t saebench_topk(const float* x, const float* w, const float* b, const float* scale, const int32_t* latents, int64_t tokens,
                       int64_t width, int64_t num, int64_t k, int bits, int threads, float* values, int32_t* indices) {
-    const int64_t at_once = std::max<int64_t>(GROUP_TILES * TILE_TOKENS * threads, ROOM_BYTES / (12 * Contenders::room_for(k)));
+    const int64_t at_once = std::max<int64_t>(GROUP_TOKENS * threads, ROOM_BYTES / (12 * Contenders::room_for(k)));
     int64_t computed = 0;
     for (int64_t first = 0; first < tokens; first += at_once) {
         const Problem problem{x + first * width, w, b, scale, latents, std::min(at_once, tokens - first), width, num};

@@ -83,13 +83,13 @@ template <class Screen>
 void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, int64_t first, int64_t other,
           bool to_block, const int32_t* number, Best& keep, std::vector<int32_t>& places, std::vector<float>& z, std::vector<Found>& found,
           int64_t& computed) {
-    const int64_t token0 = tile * TILE_TOKENS, words = tokens.words;
-    const int held = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
-    int32_t counts[TILE_TOKENS] = {};
+    const int64_t token0 = tile * Screen::TOKENS, words = tokens.words;
+    const int held = (int)std::min<int64_t>(Screen::TOKENS, problem.tokens - token0);
+    int32_t counts[Screen::TOKENS] = {};
     for (int64_t at = 0; at < block.size; at += PANEL) {
-        typename Screen::sums c[TILE_TOKENS][2];
+        typename Screen::sums c[Screen::TOKENS][2];
         multiply<Screen>(tokens.packed.data + token0 * words, block.packed.data + at * words, block.start.data() + at, words, c);
-        uint32_t bits[TILE_TOKENS][2];
+        uint32_t bits[Screen::TOKENS][2];
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             const int64_t j = at + half * LANES;
@@ -97,7 +97,7 @@ void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
                          block_norm = load(block.norm.data() + j), block_missed = load(block.missed.data() + j),
                          block_limit = to_block ? load(keep.limits.data() + other + j) : all(INFINITY);
 #pragma GCC unroll 12
-            for (int i = 0; i < TILE_TOKENS; i++) {
+            for (int i = 0; i < Screen::TOKENS; i++) {
                 const int64_t token = token0 + (i < held ? i : 0);
                 const Floats slack = all(tokens.missed[token]) * block_norm + all(tokens.norm[token]) * block_missed;
                 const Floats most = Screen::value(c[i][half]) * (all(tokens.unit[token]) * block_unit) + (block_bias + slack);
@@ -126,10 +126,10 @@ template <class Screen>
 void sample(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, int64_t first,
             const int32_t* number, Best& keep, std::vector<float>& scores, std::vector<int32_t>& places, std::vector<float>& z,
             int64_t& computed) {
-    const int64_t padded = block.padded(), token0 = tile * TILE_TOKENS;
+    const int64_t padded = block.padded(), token0 = tile * Screen::TOKENS;
     const int64_t rank = std::min(block.size, likely_rank(keep.k, (double)block.size / problem.num));
     float* best = tile_scores<Screen>(tokens, block, tile, scores);
-    const int held = (int)std::min<int64_t>(TILE_TOKENS, problem.tokens - token0);
+    const int held = (int)std::min<int64_t>(Screen::TOKENS, problem.tokens - token0);
     for (int i = 0; i < held; i++) {
         const int64_t token = token0 + i, place = first + token;
         const float* of = scores.data() + i * padded;
@@ -148,7 +148,7 @@ void sample(const Problem& problem, const Tokens<Screen>& tokens, const Block<Sc
 
 template <class Screen>
 bool run(const Rows& all_rows, const float* zeros, int threads, Best& keep, int64_t& computed) {
-    const int64_t words = (all_rows.width + PER_WORD<Screen> - 1) / PER_WORD<Screen>, num_blocks = all_rows.blocks(), size = all_rows.size;
+    const int64_t words = words_of<Screen>(all_rows.width), num_blocks = all_rows.blocks(), size = all_rows.size;
     const int64_t most = (size + PANEL - 1) / PANEL * PANEL;
     auto of_block = [&](int64_t a) {
         return Problem{all_rows.w + a * size * all_rows.width, all_rows.w, zeros, nullptr, nullptr, all_rows.count(a), all_rows.width, all_rows.num};
@@ -168,6 +168,7 @@ bool run(const Rows& all_rows, const float* zeros, int threads, Best& keep, int6
         const Tokens<Screen> tokens(problem, threads);
 #pragma omp parallel num_threads(threads) reduction(+ : total)
         {
+            const Multiplying<Screen> multiplying;
             std::vector<float> scores, z(most);
             std::vector<int32_t> places(most);
 #pragma omp for schedule(dynamic, 1)
@@ -180,8 +181,9 @@ bool run(const Rows& all_rows, const float* zeros, int threads, Best& keep, int6
         const Tokens<Screen> tokens(problem, threads);
 #pragma omp parallel num_threads(threads) reduction(+ : total)
         {
+            const Multiplying<Screen> multiplying;
             std::vector<float> z(most);
-            std::vector<int32_t> places(TILE_TOKENS * most);
+            std::vector<int32_t> places(Screen::TOKENS * most);
             std::vector<Found>& own = found[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
             for (int64_t b = std::max<int64_t>(a, 1); b < num_blocks; b++)
@@ -217,6 +219,10 @@ int64_t saebench_nearest(const float* w, const int32_t* number, const float* zer
     const Rows rows{w, number, num, width, std::max<int64_t>(STEP, std::min<int64_t>(BLOCK_LATENTS, BLOCK_BYTES / row_bytes) / STEP * STEP)};
     Best keep(rows.blocks() * rows.size, k);
     bool finite;
+#if defined(MATRIX_UNIT)
+    if (bits == 8 && Tiles::granted()) finite = run<Tiles>(rows, zeros, threads, keep, *computed);
+    else
+#endif
 #if defined(BYTES_AND_PAIRS)
     if (bits == 8) finite = run<Bytes>(rows, zeros, threads, keep, *computed);
     else

@@ -52,29 +52,29 @@ struct Aligned {
 
 template <class Screen>
 struct Tokens {
+    static constexpr int TILE = Screen::TOKENS, STEP = Screen::WORDS;
     int64_t words, tiles;
-    Aligned<typename Screen::word> packed;  // [tile][word][token of the tile]
+    Aligned<typename Screen::word> packed;  // [tile][word / STEP][token of the tile][STEP]
     std::vector<float> unit, norm, missed;  // [B], padded to whole tiles
     bool finite = true;
 
     Tokens(const Problem& problem, int threads)
-        : words((problem.width + PER_WORD<Screen> - 1) / PER_WORD<Screen>),
-          tiles((problem.tokens + TILE_TOKENS - 1) / TILE_TOKENS),
-          packed(tiles * TILE_TOKENS * words),
-          unit(tiles * TILE_TOKENS), norm(unit), missed(unit) {
+        : words(words_of<Screen>(problem.width)), tiles((problem.tokens + TILE - 1) / TILE), packed(tiles * TILE * words),
+          unit(tiles * TILE), norm(unit), missed(unit) {
         const float float_error = (problem.width / 4 + 16) * 1.2e-7f;  // of float32 sums, here and in `dot`
         bool good = true;
 #pragma omp parallel num_threads(threads) reduction(&& : good)
         {
             Aligned<typename Screen::element> scratch(problem.width);
 #pragma omp for schedule(static)
-            for (int64_t token = 0; token < tiles * TILE_TOKENS; token++) {
-                auto* to = packed.data + token / TILE_TOKENS * TILE_TOKENS * words + token % TILE_TOKENS;
+            for (int64_t token = 0; token < tiles * TILE; token++) {
+                auto* to = packed.data + token / TILE * TILE * words + token % TILE * STEP;
+                const auto put = [to](int64_t g, typename Screen::word word) { to[g / STEP * TILE * STEP + g % STEP] = word; };
                 if (token >= problem.tokens) {
-                    for (int64_t g = 0; g < words; g++) to[g * TILE_TOKENS] = 0;
+                    for (int64_t g = 0; g < words; g++) put(g, 0);
                     continue;
                 }
-                const Row row = pack<Screen>(problem.x + token * problem.width, problem.width, to, TILE_TOKENS, scratch.data, true);
+                const Row row = pack<Screen>(problem.x + token * problem.width, problem.width, scratch.data, true, put);
                 unit[token] = row.unit;
                 norm[token] = row.norm + row.missed;
                 missed[token] = row.missed + row.norm * float_error;
@@ -118,7 +118,8 @@ struct Block {
                 const int64_t f = row[j] = (int32_t)problem.row(first + j * stride);
                 const float* next = problem.w + problem.row(first + std::min(j + 1, size - 1) * stride) * problem.width;
                 for (int64_t p = 0; p < problem.width; p += 16) __builtin_prefetch(next + p);
-                const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, to, 1, scratch.data, false);
+                const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, scratch.data, false,
+                                              [to](int64_t g, typename Screen::word word) { to[g] = word; });
                 const float scale = problem.scale ? problem.scale[f] : 1.f, b = problem.b[f] * scale;
                 unit[j] = made.unit * scale;
                 norm[j] = made.norm * scale;
@@ -145,34 +146,59 @@ struct Block {
     }
 };
 
-// Sums of a tile of tokens with a panel of latents, in registers.
+// Sums of a tile of tokens with a panel of latents.
 template <class Screen>
 static inline __attribute__((always_inline)) void multiply(const typename Screen::word* a, const typename Screen::word* b, const int32_t* start,
-                                                           int64_t words, typename Screen::sums (&c)[TILE_TOKENS][2]) {
-    typename Screen::sums c0{}, c1{};
+                                                           int64_t words, typename Screen::sums (&c)[Screen::TOKENS][2]) {
+#if defined(MATRIX_UNIT)
+    if constexpr (Screen::TILED) {
+        constexpr int HALF = Screen::TOKENS / 2, STEP = Screen::WORDS;
+        static_assert(HALF == 16 && LANES == 16 && STEP == 16);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t g = 0; g < words; g += STEP, a += Screen::TOKENS * STEP, b += PANEL * STEP) {
+            _tile_loadd(4, a, STEP * 4);
+            _tile_loadd(6, b, PANEL * 4);
+            _tile_loadd(7, b + LANES, PANEL * 4);
+            _tile_loadd(5, a + HALF * STEP, STEP * 4);
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+        _tile_stored(0, &c[0][0], PANEL * 4);
+        _tile_stored(1, &c[0][1], PANEL * 4);
+        _tile_stored(2, &c[HALF][0], PANEL * 4);
+        _tile_stored(3, &c[HALF][1], PANEL * 4);
+        return;
+    }
+#endif
+    typename Screen::sums c0{}, c1{};  // c stays in registers
     if constexpr (Screen::SHIFTED) c0 = load(start), c1 = load(start + LANES);
 #pragma GCC unroll 12
-    for (int i = 0; i < TILE_TOKENS; i++) c[i][0] = c0, c[i][1] = c1;
-    for (int64_t g = 0; g < words; g++, a += TILE_TOKENS, b += PANEL) {
+    for (int i = 0; i < Screen::TOKENS; i++) c[i][0] = c0, c[i][1] = c1;
+    for (int64_t g = 0; g < words; g++, a += Screen::TOKENS, b += PANEL) {
 #pragma GCC unroll 12
-        for (int i = 0; i < TILE_TOKENS; i++) {
+        for (int i = 0; i < Screen::TOKENS; i++) {
             c[i][0] = Screen::step(c[i][0], a[i], b);
             c[i][1] = Screen::step(c[i][1], a[i], b + LANES);
         }
     }
 }
 
-// Screened scores of a tile of tokens with a block, [TILE_TOKENS, block.padded()], and a row of room behind them, which is returned.
+// Screened scores of a tile of tokens with a block, [TOKENS, block.padded()], and a row of room behind them, which is returned.
 template <class Screen>
 static inline float* tile_scores(const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, std::vector<float>& scores) {
-    const int64_t padded = block.padded(), token0 = tile * TILE_TOKENS;
-    scores.resize((TILE_TOKENS + 1) * padded);
+    const int64_t padded = block.padded(), token0 = tile * Screen::TOKENS;
+    scores.resize((Screen::TOKENS + 1) * padded);
     for (int64_t at = 0; at < block.size; at += PANEL) {
-        typename Screen::sums c[TILE_TOKENS][2];
+        typename Screen::sums c[Screen::TOKENS][2];
         multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
                          tokens.words, c);
 #pragma GCC unroll 12
-        for (int i = 0; i < TILE_TOKENS; i++)
+        for (int i = 0; i < Screen::TOKENS; i++)
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
                 const int64_t j = at + half * LANES;
@@ -180,7 +206,7 @@ static inline float* tile_scores(const Tokens<Screen>& tokens, const Block<Scree
                       Screen::value(c[i][half]) * (all(tokens.unit[token0 + i]) * load(block.unit.data() + j)) + load(block.bias.data() + j));
             }
     }
-    return scores.data() + TILE_TOKENS * padded;
+    return scores.data() + Screen::TOKENS * padded;
 }
 
 // A score that at least `rank` of all reach, or 0: read off from the largest of each group, of which there are fewer.

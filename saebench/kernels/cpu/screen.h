@@ -5,6 +5,11 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "simd.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
@@ -23,22 +28,28 @@ static inline Ints step16(Ints c, Ints a, Ints b) { return (Ints)_mm256_dpwssd_a
 static inline Ints step16(Ints c, Ints a, Ints b) { return c + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 #endif
 
-struct Float32 {
+// What screens have in common unless they say otherwise.
+struct Screened {
+    static constexpr bool EXACT = false, SHIFTED = false, TILED = false;
+    static constexpr int TOKENS = TILE_TOKENS;  // whose sums with a panel of latents are held together
+    static constexpr int WORDS = 1;             // a packed row is as long as a multiple of these
+};
+
+struct Float32 : Screened {
     typedef float word;  // one element
     typedef Floats sums;
     typedef float element;
-    static constexpr bool EXACT = true, SHIFTED = false;
+    static constexpr bool EXACT = true;
     static sums step(sums c, word a, const word* b) { return c + all(a) * load(b); }
     static Floats value(sums c) { return c; }
     static float unit(float, float) { return 1.f; }
 };
 
 #if defined(PAIRS) || defined(BYTES_AND_PAIRS)
-struct Pairs {
+struct Pairs : Screened {
     typedef int32_t word;  // two elements of 16 bits
     typedef Ints sums;
     typedef int16_t element;
-    static constexpr bool EXACT = false, SHIFTED = false;
     static sums step(sums c, word a, const word* b) { return step16(c, all(a), load(b)); }
     static Floats value(sums c) { return to_floats(c); }
     // short enough that no sum of products, which is at most |x~| |w~|, leaves 32 bits
@@ -46,20 +57,63 @@ struct Pairs {
 };
 #endif
 #if defined(BYTES_AND_PAIRS)
-struct Bytes {
+struct Bytes : Screened {
     typedef int32_t word;  // four elements of 8 bits
     typedef Ints sums;
     typedef int8_t element;
     // the instruction wants one factor without a sign: 128 is added to tokens, and what that adds to a sum is where the sum starts
-    static constexpr bool EXACT = false, SHIFTED = true;
+    static constexpr bool SHIFTED = true;
     static sums step(sums c, word a, const word* b) { return step8(c, all(a), load(b)); }
     static Floats value(sums c) { return to_floats(c); }
     static float unit(float largest, float) { return largest / 127; }
 };
 #endif
 
+#if defined(BYTES_AND_PAIRS) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__linux__)
+#define MATRIX_UNIT 1
+// Bytes for the processor's matrix unit, which multiplies 16 rows of 64 bytes with 16 such columns at once.
+struct Tiles : Bytes {
+    static constexpr bool SHIFTED = false, TILED = true;
+    static constexpr int TOKENS = 32, WORDS = 16;
+
+    // The kernel gives a process the unit when it is asked to.
+    static bool granted() {
+        static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+        return granted;
+    }
+};
+#endif
+
+// Around what a thread multiplies.
+template <class Screen>
+struct Multiplying {
+#if defined(MATRIX_UNIT)
+    Multiplying() {
+        if constexpr (Screen::TILED) {
+            struct {
+                uint8_t palette = 1, start = 0, reserved[14] = {};
+                uint16_t bytes_of_row[16] = {};
+                uint8_t rows[16] = {};
+            } shapes;
+            for (int tile = 0; tile < 8; tile++) shapes.bytes_of_row[tile] = 64, shapes.rows[tile] = 16;
+            _tile_loadconfig(&shapes);
+        }
+    }
+    ~Multiplying() {
+        if constexpr (Screen::TILED) _tile_release();
+    }
+#endif
+};
+
 template <class Screen>
 constexpr int PER_WORD = sizeof(typename Screen::word) / sizeof(typename Screen::element);
+
+// Words of a packed row.
+template <class Screen>
+int64_t words_of(int64_t width) {
+    const int64_t words = (width + PER_WORD<Screen> - 1) / PER_WORD<Screen>;
+    return (words + Screen::WORDS - 1) / Screen::WORDS * Screen::WORDS;
+}
 
 struct Row {
     float unit, norm, missed;  // value of 1 in the packed form, length, length of what rounding left out
@@ -92,16 +146,16 @@ static Size measure(const float* row, int64_t width) {
     return {largest, (float)std::sqrt(exact) * 1.0001f};
 }
 
-// One row into words that lie `stride` apart; `scratch` holds a row, padded to whole vectors.
-template <class Screen>
-Row pack(const float* row, int64_t width, typename Screen::word* to, int64_t stride, typename Screen::element* scratch, bool token) {
+// One row into words, each given to `put`; `scratch` holds a row, padded to whole vectors.
+template <class Screen, class Put>
+Row pack(const float* row, int64_t width, typename Screen::element* scratch, bool token, Put put) {
     typedef typename Screen::element element;
-    const int64_t words = (width + PER_WORD<Screen> - 1) / PER_WORD<Screen>;
+    const int64_t words = words_of<Screen>(width);
     const auto [largest, norm] = measure(row, width);
     Row made{1.f, norm, 0.f, 0, std::isfinite(norm)};
     if (!made.finite) return made;
     if constexpr (Screen::EXACT) {
-        for (int64_t g = 0; g < words; g++) to[g * stride] = row[g];
+        for (int64_t g = 0; g < words; g++) put(g, row[g]);
         return made;
     } else {
         const bool tiny = norm < 1e-30f;  // rounded to zero, which the bound knows
@@ -134,7 +188,7 @@ Row pack(const float* row, int64_t width, typename Screen::word* to, int64_t str
         for (int64_t g = 0; g < words; g++) {
             int32_t word;
             std::memcpy(&word, (const char*)scratch + 4 * g, 4);
-            to[g * stride] = word ^ shift;
+            put(g, word ^ shift);
         }
         return made;
     }

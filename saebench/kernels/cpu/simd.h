@@ -17,6 +17,7 @@ constexpr int LANES = 8, TILE_TOKENS = 6;  // 12 of 16
 #else
 constexpr int LANES = 4, TILE_TOKENS = 6;
 #endif
+constexpr int MOST_TOKENS = 32;  // of a tile, whatever the screen
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
