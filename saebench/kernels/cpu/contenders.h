@@ -60,8 +60,9 @@ struct Contenders {
         : k(k), room(room_for(k)), limits(tokens + MOST_TOKENS), guesses(tokens), sizes(tokens), upper(tokens * room), middle(tokens * room),
           latents(tokens * room), guessing(guessing) {}
 
+    float limit(int64_t token) const { return limits[token]; }
     template <class Screen>
-    Floats limit(int64_t token, const Block<Screen>&, int64_t) const { return all(limits[token]); }
+    Floats limit(const Block<Screen>&, int64_t) const { return Floats{}; }
 
     // The latents at the set bits; their bounds are `apart`.
     void add(Own& own, const Problem& problem, int64_t token, uint32_t bits, Floats most, Floats apart, Ints numbers) {

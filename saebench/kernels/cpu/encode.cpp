@@ -11,10 +11,9 @@
 
 namespace {
 
-constexpr int64_t BATCH_BYTES = 8 << 20;  // of packed latents that all tokens pass over before the next are packed
 constexpr int64_t TOKEN_BYTES = 2 << 20;  // of tokens that are settled together: they stay in the cache while rows of latents pass by
 constexpr int64_t ROOM_BYTES = 32 << 20;  // for what contends in all tokens that are at work
-constexpr int GROUP_TOKENS = 96;          // that one thread takes at a time, some tiles
+constexpr int GROUP_TOKENS = 96;          // at least, of what one thread takes at a time
 
 // All entries above a threshold of each latent, as each thread finds them.
 struct Above {
@@ -37,8 +36,10 @@ struct Above {
 
     Above(const float* threshold, int threads) : threshold(threshold), found(threads) {}
 
+    // What a score must reach, of a token and of latents of a block together.
+    float limit(int64_t) const { return 0; }
     template <class Screen>
-    Floats limit(int64_t, const Block<Screen>& block, int64_t j) const { return load(block.limits.data() + j); }
+    Floats limit(const Block<Screen>& block, int64_t j) const { return load(block.limits.data() + j); }
     void add(Own& own, const Problem&, int64_t token, uint32_t bits, Floats, Floats, Ints numbers) {
         const int64_t i = token % MOST_TOKENS;
         compress(own.latents.data() + i * own.most + own.counts[i], numbers, bits);
@@ -56,44 +57,49 @@ struct Above {
     }
 };
 
-// A token takes the latents at the set bits among those from the j-th of a block on.
+// A token takes those latents of half a panel, from the j-th of a block on, whose scores may matter; z are their screened scores.
 template <class Screen, class Keep>
-void take(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t token, int64_t j, uint32_t bits,
-          Floats most, Keep& keep, typename Keep::Own& own) {
+void take(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t token, int64_t j, Floats z, Keep& keep,
+          typename Keep::Own& own) {
     const Floats slack = all(tokens.missed[token]) * load(block.norm.data() + j) + all(tokens.norm[token]) * load(block.missed.data() + j);
-    keep.add(own, problem, token, bits, most, slack + slack + load(block.vague.data() + j), load(block.row.data() + j));
+    const Floats most = z + slack;
+    if (const uint32_t bits = at_least(most, all(keep.limit(token)) + keep.limit(block, j)))
+        keep.add(own, problem, token, bits, most, slack + slack + load(block.vague.data() + j), load(block.row.data() + j));
 }
 
-// A tile of tokens passes over a block.
+// A tile of tokens passes over a block. Whether a score may matter is asked with the largest slack of a panel first, which costs a token
+// four instructions, and again with its own where the answer was yes.
 template <class Screen, class Keep>
 void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Keep& keep, typename Keep::Own& own) {
-    const int64_t token0 = tile * Screen::TOKENS;
-    const int rows = (int)std::min<int64_t>(Screen::TOKENS, problem.tokens - token0);
+    constexpr int TILE = Screen::TOKENS;
+    const int64_t token0 = tile * TILE;
+    const int rows = (int)std::min<int64_t>(TILE, problem.tokens - token0);
+    const float *unit = tokens.unit.data() + token0, *norm = tokens.norm.data() + token0, *missed = tokens.missed.data() + token0;
     for (int64_t at = 0; at < block.size; at += PANEL) {
-        typename Screen::sums c[Screen::TOKENS][2];
+        typename Screen::sums c[TILE][2];
         multiply<Screen>(tokens.packed.data + token0 * tokens.words, block.packed.data + at * tokens.words, block.start.data() + at,
                          tokens.words, c);
-        Floats most[Screen::TOKENS][2];
-        uint32_t bits[Screen::TOKENS][2];
-        uint64_t any = 0;
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            const int64_t j = at + half * LANES;
-            const Floats block_unit = load(block.unit.data() + j), block_bias = load(block.bias.data() + j),
-                         block_norm = load(block.norm.data() + j), block_missed = load(block.missed.data() + j);
-#pragma GCC unroll 12
-            for (int i = 0; i < Screen::TOKENS; i++) {
-                const int64_t token = token0 + i;
-                const Floats slack = all(tokens.missed[token]) * block_norm + all(tokens.norm[token]) * block_missed;
-                most[i][half] = Screen::value(c[i][half]) * (all(tokens.unit[token]) * block_unit) + (block_bias + slack);
-                bits[i][half] = at_least(most[i][half], keep.limit(token, block, j));
-                any |= (uint64_t)(bits[i][half] != 0) << i;
-            }
+        const float longest = block.longest_of[at / PANEL] * 1.00001f, worst = block.worst_of[at / PANEL] * 1.00001f;
+        float least[TILE];
+        for (int i = 0; i < TILE; i++) {
+            const float limit = keep.limit(token0 + i);
+            least[i] = (limit - limit * 1e-6f) - (missed[i] * longest + norm[i] * worst);
         }
-        for (any &= ((uint64_t)1 << rows) - 1; any; any &= any - 1) {
+        const Floats unit0 = load(block.unit.data() + at), unit1 = load(block.unit.data() + at + LANES);
+        const Floats base0 = load(block.bias.data() + at) - keep.limit(block, at),
+                     base1 = load(block.bias.data() + at + LANES) - keep.limit(block, at + LANES);
+        uint32_t bits[TILE];
+#pragma GCC unroll 12
+        for (int i = 0; i < TILE; i++)
+            bits[i] = at_least(Screen::value(c[i][0]) * (all(unit[i]) * unit0) + base0, all(least[i])) |
+                      at_least(Screen::value(c[i][1]) * (all(unit[i]) * unit1) + base1, all(least[i])) << LANES;
+        uint64_t any = 0;
+        for (int i = 0; i < rows; i++) any |= (uint64_t)(bits[i] != 0) << i;
+        for (; any; any &= any - 1) {
             const int i = __builtin_ctzll(any);
-            for (int half = 0; half < 2; half++)
-                if (bits[i][half]) take(problem, tokens, block, token0 + i, at + half * LANES, bits[i][half], most[i][half], keep, own);
+            for (int64_t half = 0, j = at; half < 2; half++, j += LANES)
+                if (bits[i] >> half * LANES & below(LANES))
+                    take(problem, tokens, block, token0 + i, j, score<Screen>(c[i][half], unit[i], block, j), keep, own);
         }
     }
     for (int i = 0; i < rows; i++) keep.close(own, problem, token0 + i);
@@ -114,11 +120,7 @@ void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Bloc
             keep.guess(token, ranked);
         else
             keep.limits[token] = std::max(0.f, ranked - (tokens.missed[token] * block.longest + tokens.norm[token] * block.worst));
-        for (int64_t j = 0; j < padded; j += LANES) {
-            const Floats most = load(z + j) + all(tokens.missed[token]) * load(block.norm.data() + j) +
-                                all(tokens.norm[token]) * load(block.missed.data() + j);
-            if (const uint32_t bits = at_least(most, all(keep.limits[token]))) take(problem, tokens, block, token, j, bits, most, keep, own);
-        }
+        for (int64_t j = 0; j < padded; j += LANES) take(problem, tokens, block, token, j, load(z + j), keep, own);
     }
 }
 
@@ -126,11 +128,13 @@ template <class Screen, class Keep>
 bool run(const Problem& problem, int threads, Keep& keep, const float* threshold, int64_t& computed) {
     const Tokens<Screen> tokens(problem, threads);
     if (!tokens.finite) return false;
-    constexpr int GROUP = GROUP_TOKENS / Screen::TOKENS;
     const int64_t row_bytes = tokens.words * sizeof(typename Screen::word);
+    // tiles of tokens that one thread takes at a time
+    const int64_t group_tokens = std::max<int64_t>(GROUP_TOKENS, std::min(Screen::GROUP_BYTES / row_bytes, problem.tokens / (4 * threads)));
+    const int64_t group_tiles = group_tokens / Screen::TOKENS;
     const int64_t size = std::max<int64_t>(PANEL, std::min<int64_t>(BLOCK_LATENTS, BLOCK_BYTES / row_bytes / PANEL * PANEL));
     const int64_t num_blocks = (problem.num + size - 1) / size, most = (problem.num / num_blocks + 1 + PANEL) / PANEL * PANEL;
-    std::vector<std::unique_ptr<Block<Screen>>> blocks(std::max<int64_t>(1, std::min(num_blocks, BATCH_BYTES / (most * row_bytes))));
+    std::vector<std::unique_ptr<Block<Screen>>> blocks(std::max<int64_t>(1, std::min(num_blocks, Screen::BATCH_BYTES / (most * row_bytes))));
     bool finite = true;
     int64_t count = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : count)
@@ -143,7 +147,7 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
             bool good = true;
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < held; i++) {
-                if (!blocks[i]) blocks[i] = std::make_unique<Block<Screen>>(most, tokens.words, problem.width);
+                if (!blocks[i]) blocks[i] = std::make_unique<Block<Screen>>(most, tokens.words);
                 const int64_t of_block = (problem.num - first - i + num_blocks - 1) / num_blocks;
                 good = blocks[i]->fill(problem, first + i, num_blocks, of_block, tokens.words, threshold) && good;
             }
@@ -154,9 +158,9 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
 #pragma omp barrier
             if (!finite) break;
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t group = 0; group < tokens.tiles; group += GROUP)
+            for (int64_t group = 0; group < tokens.tiles; group += group_tiles)
                 for (int64_t i = 0; i < held; i++) {
-                    const int64_t done = first + i + 1, end = std::min(tokens.tiles, group + GROUP);
+                    const int64_t done = first + i + 1, end = std::min(tokens.tiles, group + group_tiles);
                     if constexpr (std::is_same_v<Keep, Contenders>) own.share = (double)done / num_blocks;
                     for (int64_t tile = group; tile < end; tile++) {
                         if constexpr (std::is_same_v<Keep, Contenders>)

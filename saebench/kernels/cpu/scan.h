@@ -65,16 +65,18 @@ struct Tokens {
         bool good = true;
 #pragma omp parallel num_threads(threads) reduction(&& : good)
         {
-            Aligned<typename Screen::element> scratch(problem.width);
+            Aligned<typename Screen::word> row_words(words);
 #pragma omp for schedule(static)
             for (int64_t token = 0; token < tiles * TILE; token++) {
                 auto* to = packed.data + token / TILE * TILE * words + token % TILE * STEP;
-                const auto put = [to](int64_t g, typename Screen::word word) { to[g / STEP * TILE * STEP + g % STEP] = word; };
-                if (token >= problem.tokens) {
-                    for (int64_t g = 0; g < words; g++) put(g, 0);
-                    continue;
-                }
-                const Row row = pack<Screen>(problem.x + token * problem.width, problem.width, scratch.data, true, put);
+                Row row{};
+                if (token < problem.tokens)
+                    row = pack<Screen>(problem.x + token * problem.width, problem.width, words, row_words.data);
+                else
+                    std::fill(row_words.data, row_words.data + words, 0);
+                for (int64_t g = 0; g < words; g += STEP, to += TILE * STEP)
+                    for (int64_t i = 0; i < STEP; i++) to[i] = shifted(row_words.data[g + i]);
+                if (token >= problem.tokens) continue;
                 unit[token] = row.unit;
                 norm[token] = row.norm + row.missed;
                 missed[token] = row.missed + row.norm * float_error;
@@ -83,20 +85,56 @@ struct Tokens {
         }
         finite = good;
     }
+
+    static typename Screen::word shifted(typename Screen::word word) {
+        if constexpr (Screen::SHIFTED)
+            return word ^ (int32_t)0x80808080;
+        else
+            return word;
+    }
 };
+
+// 16 rows of 16 words the other way round; rows lie `from_row` and `to_row` words apart.
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+#define TRANSPOSES 1
+static inline void transpose(const void* from, int64_t from_row, void* to, int64_t to_row) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512((const int32_t*)from + i * from_row);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]), b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]), a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {  // parts of four words: of rows 0 to 3 and 4 to 7, 8 to 11 and 12 to 15
+        b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88), b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_si512((int32_t*)to + i * to_row, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+        _mm512_storeu_si512((int32_t*)to + (i + 4) * to_row, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_si512((int32_t*)to + (i + 8) * to_row, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+        _mm512_storeu_si512((int32_t*)to + (i + 12) * to_row, _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+#endif
 
 template <class Screen>
 struct Block {
     int64_t size = 0, most;
     Aligned<typename Screen::word> packed, flat;  // [panel][word][latent of the panel]; of one panel [latent][word]
-    Aligned<typename Screen::element> scratch;
     std::vector<float> unit, bias, norm, missed, vague, limits;  // `vague`: how much the bias widens the bounds of a score
     std::vector<int32_t> start, row;                             // what sums begin with; which row of the matrix
-    float longest = 0, worst = 0;              // the largest of norm and missed
+    float longest = 0, worst = 0;              // the largest of norm and missed,
+    std::vector<float> longest_of, worst_of;   // of each panel
 
-    Block(int64_t most, int64_t words, int64_t width)
-        : most(most), packed(most * words), flat(PANEL * words), scratch(width), unit(most), bias(most), norm(most), missed(most),
-          vague(most), limits(most), start(most), row(most) {}
+    Block(int64_t most, int64_t words)
+        : most(most), packed(most * words), flat(PANEL * words), unit(most), bias(most), norm(most), missed(most),
+          vague(most), limits(most), start(most), row(most), longest_of(most / PANEL), worst_of(most / PANEL) {}
 
     int64_t padded() const { return (size + PANEL - 1) / PANEL * PANEL; }
 
@@ -118,29 +156,39 @@ struct Block {
                 const int64_t f = row[j] = (int32_t)problem.row(first + j * stride);
                 const float* next = problem.w + problem.row(first + std::min(j + 1, size - 1) * stride) * problem.width;
                 for (int64_t p = 0; p < problem.width; p += 16) __builtin_prefetch(next + p);
-                const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, scratch.data, false,
-                                              [to](int64_t g, typename Screen::word word) { to[g] = word; });
+                const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, words, to);
                 const float scale = problem.scale ? problem.scale[f] : 1.f, b = problem.b[f] * scale;
                 unit[j] = made.unit * scale;
                 norm[j] = made.norm * scale;
                 missed[j] = made.missed * scale;
                 bias[j] = b + std::fabs(b) * 1e-6f;
                 vague[j] = std::fabs(b) * 4e-6f;
-                limits[j] = threshold ? threshold[f] : 0.f;
+                limits[j] = threshold ? threshold[f] - std::fabs(threshold[f]) * 1e-6f : 0.f;
                 start[j] = Screen::SHIFTED ? -128 * made.total : 0;
-                longest = std::max(longest, norm[j]);
-                worst = std::max(worst, missed[j]);
                 finite = finite && made.finite && std::isfinite(b);
             }
-            if (j % PANEL == PANEL - 1) turn(packed.data + j / PANEL * PANEL * words, words);
+            if (j % PANEL == PANEL - 1) close(j / PANEL, words);
         }
         return finite;
     }
 
+    void close(int64_t panel, int64_t words) {
+        longest_of[panel] = *std::max_element(&norm[panel * PANEL], &norm[panel * PANEL] + PANEL);
+        worst_of[panel] = *std::max_element(&missed[panel * PANEL], &missed[panel * PANEL] + PANEL);
+        longest = std::max(longest, longest_of[panel]);
+        worst = std::max(worst, worst_of[panel]);
+        turn(packed.data + panel * PANEL * words, words);
+    }
+
     // The rows of a panel side by side, some words at a time, so that what is written stays in the first-level cache.
     void turn(typename Screen::word* to, int64_t words) const {
+        int64_t g = 0;
+#if defined(TRANSPOSES)
+        for (; g + 16 <= words; g += 16)
+            for (int64_t j = 0; j < PANEL; j += 16) transpose(flat.data + j * words + g, words, to + g * PANEL + j, PANEL);
+#endif
         constexpr int64_t AT_ONCE = 64;
-        for (int64_t g = 0; g < words; g += AT_ONCE)
+        for (; g < words; g += AT_ONCE)
             for (int64_t j = 0; j < PANEL; j++)
                 for (int64_t word = g; word < std::min(words, g + AT_ONCE); word++) to[word * PANEL + j] = flat.data[j * words + word];
     }
@@ -188,6 +236,12 @@ static inline __attribute__((always_inline)) void multiply(const typename Screen
     }
 }
 
+// Screened scores of a token with half a panel, from the j-th latent of a block on.
+template <class Screen>
+static inline Floats score(typename Screen::sums c, float unit, const Block<Screen>& block, int64_t j) {
+    return Screen::value(c) * (all(unit) * load(block.unit.data() + j)) + load(block.bias.data() + j);
+}
+
 // Screened scores of a tile of tokens with a block, [TOKENS, block.padded()], and a row of room behind them, which is returned.
 template <class Screen>
 static inline float* tile_scores(const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, std::vector<float>& scores) {
@@ -202,8 +256,7 @@ static inline float* tile_scores(const Tokens<Screen>& tokens, const Block<Scree
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
                 const int64_t j = at + half * LANES;
-                store(scores.data() + i * padded + j,
-                      Screen::value(c[i][half]) * (all(tokens.unit[token0 + i]) * load(block.unit.data() + j)) + load(block.bias.data() + j));
+                store(scores.data() + i * padded + j, score<Screen>(c[i][half], tokens.unit[token0 + i], block, j));
             }
     }
     return scores.data() + Screen::TOKENS * padded;

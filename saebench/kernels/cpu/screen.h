@@ -33,6 +33,8 @@ struct Screened {
     static constexpr bool EXACT = false, SHIFTED = false, TILED = false;
     static constexpr int TOKENS = TILE_TOKENS;  // whose sums with a panel of latents are held together
     static constexpr int WORDS = 1;             // a packed row is as long as a multiple of these
+    // Packed latents that all tokens pass over before the next are packed, and tokens that pass over them one after the other.
+    static constexpr int64_t BATCH_BYTES = 8 << 20, GROUP_BYTES = 0;
 };
 
 struct Float32 : Screened {
@@ -75,6 +77,7 @@ struct Bytes : Screened {
 struct Tiles : Bytes {
     static constexpr bool SHIFTED = false, TILED = true;
     static constexpr int TOKENS = 32, WORDS = 16;
+    static constexpr int64_t BATCH_BYTES = 800 << 10, GROUP_BYTES = 1 << 20;  // so fast that both must stay in the second-level cache
 
     // The kernel gives a process the unit when it is asked to.
     static bool granted() {
@@ -146,17 +149,15 @@ static Size measure(const float* row, int64_t width) {
     return {largest, (float)std::sqrt(exact) * 1.0001f};
 }
 
-// One row into words, each given to `put`; `scratch` holds a row, padded to whole vectors.
-template <class Screen, class Put>
-Row pack(const float* row, int64_t width, typename Screen::element* scratch, bool token, Put put) {
+// One row as a packed one of so many words.
+template <class Screen>
+Row pack(const float* row, int64_t width, int64_t words, typename Screen::word* to) {
     typedef typename Screen::element element;
-    const int64_t words = words_of<Screen>(width);
     const auto [largest, norm] = measure(row, width);
     Row made{1.f, norm, 0.f, 0, std::isfinite(norm)};
     if (!made.finite) return made;
     if constexpr (Screen::EXACT) {
-        for (int64_t g = 0; g < words; g++) put(g, row[g]);
-        return made;
+        std::copy(row, row + width, to);
     } else {
         const bool tiny = norm < 1e-30f;  // rounded to zero, which the bound knows
         made.unit = tiny ? 1.f : Screen::unit(largest, norm);
@@ -164,15 +165,16 @@ Row pack(const float* row, int64_t width, typename Screen::element* scratch, boo
         constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: what is added to it is rounded to an integer
         Floats squares{};
         Ints totals{};
-        int64_t p = 0;
+        char* out = (char*)to;  // words and elements are the same memory
         typedef element Elements __attribute__((vector_size(LANES * sizeof(element))));
+        int64_t p = 0;
         for (; p + LANES <= width; p += LANES) {
             const Floats scaled = load(row + p) * all(per_unit), rounded = (scaled + all(ROUND)) - all(ROUND);
             squares += (scaled - rounded) * (scaled - rounded);
             const Ints q = __builtin_convertvector(rounded, Ints);
             totals += q;
             const Elements narrow = __builtin_convertvector(q, Elements);
-            std::memcpy(scratch + p, &narrow, sizeof narrow);
+            std::memcpy(out + p * sizeof(element), &narrow, sizeof narrow);
         }
         float missed = sum(squares);
         for (int i = 0; i < LANES; i++) made.total += totals[i];
@@ -180,16 +182,11 @@ Row pack(const float* row, int64_t width, typename Screen::element* scratch, boo
             const float scaled = row[p] * per_unit, rounded = std::nearbyint(scaled);
             missed += (scaled - rounded) * (scaled - rounded);
             made.total += (int)rounded;
-            scratch[p] = (element)rounded;
+            const element narrow = (element)rounded;
+            std::memcpy(out + p * sizeof(element), &narrow, sizeof narrow);
         }
-        for (; p < words * PER_WORD<Screen>; p++) scratch[p] = 0;
         made.missed = tiny ? norm : std::sqrt(missed) * made.unit * 1.001f;
-        const int32_t shift = Screen::SHIFTED && token ? (int32_t)0x80808080 : 0;
-        for (int64_t g = 0; g < words; g++) {
-            int32_t word;
-            std::memcpy(&word, (const char*)scratch + 4 * g, 4);
-            put(g, word ^ shift);
-        }
-        return made;
     }
+    std::memset((char*)to + width * sizeof(element), 0, words * sizeof *to - width * sizeof(element));
+    return made;
 }
