@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict] = {
     "initial_bias zero": {"settings": {"initial_bias": "zero"}},
     "initial_norm 0.03": {"settings": {"initial_norm": 0.03}},
     "initial_norm 0.1": {"settings": {"initial_norm": 0.1}},
+    "initial_norm 0.3": {"settings": {"initial_norm": 0.3}},
     "initial_norm 1": {"settings": {"initial_norm": 1.0}},
     "decoder unit": {"settings": {"decoder": "unit"}},
     "aux_coefficient 0": {"settings": {"aux_coefficient": 0.0}},

@@ -41,7 +41,7 @@ class KRule(KSettings, SAEConfig):
     decoder: Literal["unit", "free"] = "free"
     """Decoder rows of unit length, or of any length with selection by f_i ||d_i||. Measured on planted data and on the bundled model at
     several learning rates: short free rows leave less error."""
-    initial_norm: float = Field(default=0.3, gt=0)
+    initial_norm: float = Field(default=0.6, gt=0)
     """Length of a free decoder's rows at the start: the shorter, the sooner they turn to where they are needed, and the more die."""
     aux_coefficient: float = Field(default=1 / 32, ge=0)
     """Weight of AuxK, by which dead latents learn to reconstruct the residual; 0 leaves it out."""

@@ -128,6 +128,11 @@ class Fused(Primitives, Protocol):
         """sum of weights[b] * rows[b]: [D]."""
         ...
 
+    def row_lengths(self, W_FD: Tensor) -> Tensor:
+        """||W[f]|| for every row: [F]. Where this is offered, `update` takes `lengths_F` and leaves those of the new rows there, the same
+        bits."""
+        ...
+
     def gradient_bound(self, W_FD: Tensor, gradient: Gradient) -> float:
         """An upper bound of `gradient_square` that costs little; where it is offered, `update` returns the square itself."""
         ...

@@ -22,6 +22,7 @@ from saebench.dictionaries import Dictionary
 from saebench.kernels.implementations import primitives_for
 from saebench.kernels.latent_gradient import collect
 from saebench.kernels.primitives import AdamRule, Gradient, Primitives, Term
+from saebench.kernels.row_lengths import keep_lengths, lengths_to_leave
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,6 +39,8 @@ class _Matrix:
         self.moments = [torch.zeros(parameter.shape, dtype=dtype, device=parameter.device) for dtype in (first, parameter.dtype)]
         self.terms: list[Term] = collect(parameter) if parameter.ndim == 2 else []
         self.step = 0
+        if self.copy is None:
+            keep_lengths(parameter)
 
     @property
     def gradient(self) -> Gradient | None:
@@ -54,7 +57,8 @@ class _Matrix:
         """Take a step; perhaps returns the gradient's square."""
         m_FD, v_FD = (moment.view(self.rows.shape) for moment in self.moments)
         if self.copy is None:
-            return self.primitives.update(self.rows, m_FD, v_FD, gradient, self.unit, rule, factor)
+            lengths = lengths_to_leave(self.parameter, self.primitives)
+            return self.primitives.update(self.rows, m_FD, v_FD, gradient, self.unit, rule, factor, **lengths)
         copy_FD = self.copy.view(self.rows.shape)
         return self.primitives.update(copy_FD, m_FD, v_FD, gradient, self.unit, rule, factor, self.rows)
 

@@ -233,14 +233,29 @@ def update(
     rule: AdamRule,
     factor: Tensor,
     master_FD: Tensor | None = None,
+    lengths_F: Tensor | None = None,
 ) -> Tensor:
     """Also returns what `gradient_square` would have."""
     assert master_FD is None, "only weights in float32 are served here, and they need no master"
-    return _latents(W_FD, m_FD, v_FD, gradient, unit, rule, float(factor))
+    return _latents(W_FD, m_FD, v_FD, gradient, unit, rule, float(factor), lengths_F)
+
+
+def row_lengths(W_FD: Tensor) -> Tensor:
+    W_FD = W_FD.detach().contiguous()
+    lengths_F = torch.empty(len(W_FD))
+    library().saebench_row_lengths(at(W_FD), *map(ctypes.c_int64, W_FD.shape), torch.get_num_threads(), at(lengths_F))
+    return lengths_F
 
 
 def _latents(
-    W_FD: Tensor, m_FD: Tensor | None, v_FD: Tensor | None, gradient: Gradient, unit: bool, rule: AdamRule, factor: float
+    W_FD: Tensor,
+    m_FD: Tensor | None,
+    v_FD: Tensor | None,
+    gradient: Gradient,
+    unit: bool,
+    rule: AdamRule,
+    factor: float,
+    lengths_F: Tensor | None = None,
 ) -> Tensor:
     assert W_FD.is_contiguous()
     terms, _kept = _terms(gradient.terms)
@@ -259,6 +274,7 @@ def _latents(
         *map(ctypes.c_float, (factor, rule.lr, *rule.betas, rule.eps)),
         *map(ctypes.c_double, corrections),
         torch.get_num_threads(),
+        at(lengths_F),
     )
     return torch.tensor(squares, dtype=torch.float64)
 

@@ -252,6 +252,11 @@ void saebench_sums(const Term* term, int64_t d_sae, int64_t width, int threads, 
     for (int64_t f = 0; f < d_sae; f++) gradient.sum(f, nullptr, out + f * width);
 }
 
+void saebench_row_lengths(const float* w, int64_t d_sae, int64_t width, int threads, float* lengths) {
+#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
+    for (int64_t f = 0; f < d_sae; f++) lengths[f] = std::sqrt(dot(w + f * width, w + f * width, width));
+}
+
 // An upper bound of the gradient's norm from the lengths of rows alone; lengths[i] are those of term i's rows, w_norms those of w.
 double saebench_gradient_bound(const Term* terms, int32_t num_terms, const float* const* lengths, const float* own, const float* w,
                                int64_t d_sae, int64_t width, int threads) {
@@ -290,10 +295,10 @@ struct Step {
 };
 
 // One pass over the latents. With `m`, or `m16` in bfloat16: Adam's step, in place. Returns the sum of squares of the gradient (before `factor`): by latent
-// first, then in order of the latents, so that threads do not change it.
+// first, then in order of the latents, so that threads do not change it. With `lengths`, those of the new rows.
 double saebench_latents(float* w, float* m, uint16_t* m16, float* v, const Term* terms, int32_t num_terms, const float* dense, const float* own,
                         int64_t d_sae, int64_t width, int unit, float factor, float lr, float beta1, float beta2, float eps,
-                        double correction1, double correction2, int threads) {
+                        double correction1, double correction2, int threads, float* lengths) {
     const Gradient gradient{terms, num_terms, dense, own, width};
     const Step step{(float)(lr / correction1), beta1, beta2, (1 - beta1) * factor, (1 - beta2) * factor * factor,
                     (float)(1 / std::sqrt(correction2)), eps};
@@ -327,6 +332,7 @@ double saebench_latents(float* w, float* m, uint16_t* m16, float* v, const Term*
                 const float length = std::max(std::sqrt(dot(w_row, w_row, width)), 1e-12f);
                 for (int64_t p = 0; p < width; p++) w_row[p] /= length;
             }
+            if (lengths) lengths[f] = std::sqrt(dot(w_row, w_row, width));
         }
     }
     double total = 0;

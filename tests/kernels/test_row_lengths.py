@@ -1,0 +1,63 @@
+"""Lengths of rows that a step leaves behind are those that a pass over the matrix measures, whoever changed it last."""
+
+import pytest
+import torch
+from torch import nn
+
+import saebench as sb
+from saebench.kernels import use_implementation
+from saebench.kernels.row_lengths import keep_lengths, row_lengths
+from saebench.trainer import Member, TrainConfig
+
+BATCH, STEPS = 64, 6
+
+
+def tokens(number):
+    return torch.randn(BATCH, 20, generator=torch.Generator().manual_seed(number))
+
+
+def member(**settings):
+    training = TrainConfig(num_tokens=BATCH * STEPS, batch_size=BATCH, lr=1e-2)
+    return Member.create(sb.TopK(d_sae=120, k=4, **settings), training, tokens(99))
+
+
+def measured(W):
+    return W.detach().double().norm(dim=1)
+
+
+@pytest.mark.parametrize("decoder", ["free", "unit"])
+def test_after_every_step_they_are_those_of_the_rows(decoder):
+    trained = member(decoder=decoder)
+    W = trained.dictionary.W_dec
+    for step in range(STEPS):
+        trained.step(tokens(step), step)
+        torch.testing.assert_close(row_lengths(W).double(), measured(W), rtol=1e-6, atol=0)
+
+
+def test_another_change_is_noticed():
+    W = nn.Parameter(torch.ones(5, 3))
+    keep_lengths(W)
+    first = row_lengths(W)
+    assert row_lengths(W) is first or torch.equal(row_lengths(W), first)
+    with torch.no_grad():
+        W.mul_(2.0)
+    torch.testing.assert_close(row_lengths(W).double(), measured(W))
+    W.data = torch.full((5, 3), 7.0)
+    torch.testing.assert_close(row_lengths(W).double(), measured(W))
+
+
+def test_a_step_of_another_implementation_does_not_leave_old_ones():
+    trained = member()
+    W = trained.dictionary.W_dec
+    for step, name in enumerate(("cpu", "stock", "cpu", "reference", "cpu")):
+        try:
+            with use_implementation(name):
+                trained.step(tokens(step), step)
+        except sb.UserError as error:
+            pytest.skip(str(error))
+        torch.testing.assert_close(row_lengths(W).double(), measured(W), rtol=1e-6, atol=0)
+
+
+def test_wider_types_stay_wide():
+    W = torch.randn(7, 5, dtype=torch.float64)
+    assert row_lengths(W).dtype == torch.float64 and row_lengths(W.bfloat16()).dtype == torch.float32
