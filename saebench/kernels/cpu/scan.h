@@ -70,8 +70,9 @@ struct Tokens {
             for (int64_t token = 0; token < tiles * TILE; token++) {
                 auto* to = packed.data + token / TILE * TILE * words + token % TILE * STEP;
                 Row row{};
+                const float* x = problem.x + token * problem.width;
                 if (token < problem.tokens)
-                    row = pack<Screen>(problem.x + token * problem.width, problem.width, words, row_words.data);
+                    row = pack<Screen>(x, problem.width, words, row_words.data, x + problem.width);
                 else
                     std::fill(row_words.data, row_words.data + words, 0);
                 for (int64_t g = 0; g < words; g += STEP, to += TILE * STEP)
@@ -155,8 +156,7 @@ struct Block {
             } else {
                 const int64_t f = row[j] = (int32_t)problem.row(first + j * stride);
                 const float* next = problem.w + problem.row(first + std::min(j + 1, size - 1) * stride) * problem.width;
-                for (int64_t p = 0; p < problem.width; p += 16) __builtin_prefetch(next + p);
-                const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, words, to);
+                const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, words, to, next);
                 const float scale = problem.scale ? problem.scale[f] : 1.f, b = problem.b[f] * scale;
                 unit[j] = made.unit * scale;
                 norm[j] = made.norm * scale;

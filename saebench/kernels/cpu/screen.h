@@ -128,10 +128,12 @@ struct Size {
     float largest, norm;
 };
 
-static Size measure(const float* row, int64_t width) {
+// The row `next` is asked for from memory meanwhile.
+static Size measure(const float* row, int64_t width, const float* next) {
     Floats squares{}, high{}, low{};
     int64_t p = 0;
     for (; p + LANES <= width; p += LANES) {
+        __builtin_prefetch(next + p);
         const Floats v = load(row + p);
         squares += v * v;
         high = v > high ? v : high;
@@ -149,11 +151,11 @@ static Size measure(const float* row, int64_t width) {
     return {largest, (float)std::sqrt(exact) * 1.0001f};
 }
 
-// One row as a packed one of so many words.
+// One row as a packed one of so many words, before the row `next`.
 template <class Screen>
-Row pack(const float* row, int64_t width, int64_t words, typename Screen::word* to) {
+Row pack(const float* row, int64_t width, int64_t words, typename Screen::word* to, const float* next) {
     typedef typename Screen::element element;
-    const auto [largest, norm] = measure(row, width);
+    const auto [largest, norm] = measure(row, width, next);
     Row made{1.f, norm, 0.f, 0, std::isfinite(norm)};
     if (!made.finite) return made;
     if constexpr (Screen::EXACT) {
