@@ -201,8 +201,11 @@ def codes_like(kind, tokens, d_sae):
     return SparseCodes.from_dense(dense)
 
 
+IN_STRIPS = [(300, 1), (300, 96), (300, 131)]  # so many entries that rows are copied
+
+
 @pytest.mark.parametrize("kind", ["fixed", "ragged"])
-@pytest.mark.parametrize("tokens, width", [(37, 1), (37, 7), (37, 130), (300, 96)])  # the last: strip by strip
+@pytest.mark.parametrize("tokens, width", [(37, 1), (37, 7), (37, 130), *IN_STRIPS])
 def test_rows_are_summed_and_multiplied(kind, tokens, width):
     codes, W, rows, bias = codes_like(kind, tokens, 211), draw(211, width), draw(tokens, width, seed=2), draw(width)
     dense = codes.to_dense().double()
@@ -216,6 +219,26 @@ def test_rows_are_summed_and_multiplied(kind, tokens, width):
         cpu.by_latent(codes.indices.reshape(-1), 211), stock.by_latent(codes.indices.reshape(-1), 211), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["fixed", "ragged"])
+@pytest.mark.parametrize("tokens, width", [(37, 70), *IN_STRIPS])
+def test_the_error_of_decoding(kind, tokens, width):
+    codes, W, y, bias = codes_like(kind, tokens, 211), draw(211, width), draw(tokens, width, seed=2), draw(width)
+    error, squares, products = cpu.decode_error(codes, W, bias, y)
+    expected = codes.to_dense().double() @ W.double() + bias - y.double()
+    torch.testing.assert_close(error.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(squares.double(), expected.square().sum(1), rtol=1e-5, atol=1e-5)
+    wanted = (expected @ W.double().T)[codes.tokens, codes.indices.reshape(-1).long()]
+    torch.testing.assert_close(products.reshape(-1).double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens, width", IN_STRIPS)
+def test_strips_decode_what_rows_do(tokens, width):
+    codes, W, bias = codes_like("fixed", tokens, 211), draw(211, width), draw(width)
+    some = [slice(first, first + 100) for first in range(0, tokens, 100)]  # too few for strips
+    by_rows = [cpu.decode(SparseCodes(codes.indices[each], codes.values[each], 211), W, bias) for each in some]
+    torch.testing.assert_close(cpu.decode(codes, W, bias), torch.cat(by_rows), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "ragged"])

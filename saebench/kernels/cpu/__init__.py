@@ -136,7 +136,7 @@ def decode_error(codes: SparseCodes, W_FD: Tensor, bias_D: Tensor, y_BD: Tensor)
         return error_BD, error_BD.square().sum(1), None
     W_FD, bias_D, y_BD = W_FD.contiguous(), bias_D.contiguous(), y_BD.contiguous()
     error_BD, squares_B, found = torch.empty_like(y_BD), torch.empty(len(codes)), torch.empty_like(codes.values)
-    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
+    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1], len(W_FD)))
     library().saebench_decode_error(
         *_entries(codes),
         *map(at, (W_FD, bias_D, y_BD)),

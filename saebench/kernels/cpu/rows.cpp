@@ -1,22 +1,10 @@
 // Weighted sums of rows and dot products with rows, over the entries of sparse codes (methods.md K1 to K3, K12).
 //
-// Entries of token t are offsets[t] .. offsets[t + 1], or t k .. (t + 1) k where offsets is null. By latent: entry positions in `order`,
-// those of latent f at starts[f] .. starts[f + 1], in token order, so sums come out the same with any number of threads.
-#include <algorithm>
-#include <vector>
-
-#include "simd.h"
+// By latent: entry positions in `order`, those of latent f at starts[f] .. starts[f + 1], in token order, so sums come out the same with any
+// number of threads.
+#include "strips.h"
 
 namespace {
-
-struct Entries {
-    const int32_t* indices;
-    const float* values;
-    const int64_t* offsets;
-    int64_t k;
-    int64_t begin(int64_t token) const { return offsets ? offsets[token] : token * k; }
-    int64_t end(int64_t token) const { return offsets ? offsets[token + 1] : (token + 1) * k; }
-};
 
 constexpr int64_t LINE = 16;  // floats in a line of the cache
 
@@ -68,34 +56,13 @@ void add_rows(const Entries& entries, const float* const (&values)[SUMS], int64_
                 store(y[n] + p, load(y[n] + p) + ((weights[n][0] * at[0] + weights[n][1] * at[1]) + (weights[n][2] * at[2] + weights[n][3] * at[3])));
         }
         for (; p < width; p++)
-            for (int i = 0; i < 4; i++)
-                for (int n = 0; n < SUMS; n++) y[n][p] += values[n][e + i] * rows[i][p];
+            for (int n = 0; n < SUMS; n++) {
+                const float* v = values[n] + e;
+                y[n][p] += (v[0] * rows[0][p] + v[1] * rows[1][p]) + (v[2] * rows[2][p] + v[3] * rows[3][p]);
+            }
     }
     for (; e < entries.end(token); e++)
         for (int n = 0; n < SUMS; n++) add_scaled(y[n], values[n][e], row(e), width);
-}
-
-constexpr int64_t STRIP = 2 * LANES;        // columns whose sums stay in registers
-constexpr int64_t STRIP_BYTES = 768 << 10;  // of all rows within a strip: they stay in the second-level cache
-
-// Some tokens' sums within a strip of columns.
-void decode_strip(const Entries& entries, int64_t first, int64_t last, const float* w, const float* bias, int64_t width, float* out) {
-    for (int64_t t = first; t < last; t++) {
-        Floats even0 = load(bias), even1 = load(bias + LANES), odd0{}, odd1{};  // entries in turns: sums do not wait for each other
-        int64_t e = entries.begin(t);
-        for (const int64_t end = entries.end(t) - 1; e < end; e += 2) {
-            const float *row0 = w + entries.indices[e] * width, *row1 = w + entries.indices[e + 1] * width;
-            const Floats v0 = all(entries.values[e]), v1 = all(entries.values[e + 1]);
-            even0 += v0 * load(row0), even1 += v0 * load(row0 + LANES);
-            odd0 += v1 * load(row1), odd1 += v1 * load(row1 + LANES);
-        }
-        if (e < entries.end(t)) {
-            const float* row = w + entries.indices[e] * width;
-            even0 += all(entries.values[e]) * load(row), even1 += all(entries.values[e]) * load(row + LANES);
-        }
-        store(out + t * width, even0 + odd0);
-        store(out + t * width + LANES, even1 + odd1);
-    }
 }
 
 // One token's products with the rows of all its entries; an entry of value 0 may stand for a window that wants its gradient.
@@ -117,12 +84,22 @@ extern "C" {
 void saebench_decode(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* w, const float* bias,
                      int64_t tokens, int64_t width, int64_t d_sae, int threads, float* out) {
     const Entries entries{indices, values, offsets, k};
-    if (width % STRIP == 0 && d_sae * STRIP * (int64_t)sizeof(float) <= STRIP_BYTES && tokens * threads > d_sae) {
-        const int64_t chunk = (tokens + threads - 1) / threads;  // a thread stays in one strip as long as it can
-#pragma omp parallel for collapse(2) schedule(static) num_threads(threads)
-        for (int64_t column = 0; column < width; column += STRIP)
-            for (int64_t at = 0; at < tokens; at += chunk)
-                decode_strip(entries, at, std::min(tokens, at + chunk), w + column, bias + column, width, out + column);
+    if (in_strips(entries, tokens, d_sae)) {
+#pragma omp parallel num_threads(threads)
+        {
+            Strip strip(d_sae);
+            Floats first[STRIP_VECTORS], sums[STRIP_VECTORS];
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t column = 0; column < width; column += STRIP) {
+                strip.copy(w, d_sae, width, column);
+                strip.read(bias + column, first);
+                for (int64_t t = 0; t < tokens; t++) {
+                    std::copy(first, first + STRIP_VECTORS, sums);
+                    strip.decode(entries, t, sums);
+                    strip.write(sums, out + t * width + column);
+                }
+            }
+        }
         return;
     }
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
@@ -134,9 +111,32 @@ void saebench_decode(const int32_t* indices, const float* values, const int64_t*
 
 // The error of decoding, y_hat + bias - y, its squares by token, and its products with the rows that made it, while these are at hand.
 void saebench_decode_error(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* w,
-                           const float* bias, const float* y, int64_t tokens, int64_t width, int threads, float* error, float* squares,
-                           float* out) {
+                           const float* bias, const float* y, int64_t tokens, int64_t width, int64_t d_sae, int threads, float* error,
+                           float* squares, float* out) {
     const Entries entries{indices, values, offsets, k};
+    if (in_strips(entries, tokens, d_sae)) {
+        std::fill(squares, squares + tokens, 0.f);
+        std::fill(out, out + entries.end(tokens - 1), 0.f);
+#pragma omp parallel num_threads(threads)
+        {
+            Strip strip(d_sae);
+            Floats first[STRIP_VECTORS], sums[STRIP_VECTORS], wanted[STRIP_VECTORS];
+            const int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
+            for (int64_t column = 0; column < width; column += STRIP) {
+                strip.copy(w, d_sae, width, column);
+                strip.read(bias + column, first);
+                for (int64_t t = tokens * own / team; t < tokens * (own + 1) / team; t++) {
+                    strip.read(y + t * width + column, wanted);
+                    for (int n = 0; n < STRIP_VECTORS; n++) sums[n] = first[n] - wanted[n];
+                    strip.decode(entries, t, sums);
+                    strip.write(sums, error + t * width + column);
+                    squares[t] += sum((sums[0] * sums[0] + sums[1] * sums[1]) + (sums[2] * sums[2] + sums[3] * sums[3]));
+                    strip.products(entries, t, sums, out);
+                }
+            }
+        }
+        return;
+    }
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (int64_t t = 0; t < tokens; t++) {
         float* e_row = error + t * width;

@@ -1,0 +1,90 @@
+// Entries of sparse codes, and decoding them in strips of columns that stay in the second-level cache.
+//
+// A row that is gathered from the third-level cache or from memory costs what its bytes cost. Where rows are asked for often, a strip of all of
+// them is copied to memory of its own first: a few columns of rows that lie where they are would share few sets of the cache.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include <unistd.h>
+
+#include "simd.h"
+
+namespace {
+
+// Those of token t are offsets[t] .. offsets[t + 1], or t k .. (t + 1) k where offsets is null.
+struct Entries {
+    const int32_t* indices;
+    const float* values;
+    const int64_t* offsets;
+    int64_t k;
+    int64_t begin(int64_t token) const { return offsets ? offsets[token] : token * k; }
+    int64_t end(int64_t token) const { return offsets ? offsets[token + 1] : (token + 1) * k; }
+};
+
+constexpr int STRIP_VECTORS = 4;
+constexpr int64_t STRIP = STRIP_VECTORS * LANES;  // columns whose sums stay in registers
+
+int64_t second_level_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes > 0) return bytes;
+#endif
+    return 1 << 20;
+}
+
+// Whether rows are asked for so often that it pays to copy strips of them to the second-level cache, where they lie without gaps.
+bool in_strips(const Entries& entries, int64_t tokens, int64_t d_sae) {
+    return entries.end(tokens - 1) > 4 * d_sae && 2 * d_sae * STRIP * (int64_t)sizeof(float) <= second_level_cache();
+}
+
+// `count` <= STRIP columns of all rows, the rest 0.
+struct Strip {
+    std::vector<float> rows;  // [d_sae, STRIP]
+    int64_t count = 0;
+    explicit Strip(int64_t d_sae) : rows(d_sae * STRIP) {}
+
+    void copy(const float* w, int64_t d_sae, int64_t width, int64_t column) {
+        count = std::min(STRIP, width - column);
+        if (count < STRIP) std::fill(rows.begin(), rows.end(), 0.f);
+        for (int64_t f = 0; f < d_sae; f++) std::copy_n(w + f * width + column, count, rows.data() + f * STRIP);
+    }
+    const float* row(const Entries& entries, int64_t e) const { return rows.data() + entries.indices[e] * STRIP; }
+
+    // The rows of a token's entries onto sums, in the order of `add_rows`.
+    void decode(const Entries& entries, int64_t token, Floats (&sums)[STRIP_VECTORS]) const {
+        int64_t e = entries.begin(token);
+        for (const int64_t end = entries.end(token); e + 4 <= end; e += 4) {
+            const float* of[4] = {row(entries, e), row(entries, e + 1), row(entries, e + 2), row(entries, e + 3)};
+            const float* v = entries.values + e;
+#pragma GCC unroll 4
+            for (int n = 0; n < STRIP_VECTORS; n++) {
+                const auto part = [&](int i) { return all(v[i]) * load(of[i] + n * LANES); };
+                sums[n] += (part(0) + part(1)) + (part(2) + part(3));
+            }
+        }
+        for (; e < entries.end(token); e++)
+            for (int n = 0; n < STRIP_VECTORS; n++) sums[n] += all(entries.values[e]) * load(row(entries, e) + n * LANES);
+    }
+    // Onto `out` the products of `x` with the rows of a token's entries.
+    void products(const Entries& entries, int64_t token, const Floats (&x)[STRIP_VECTORS], float* out) const {
+        for (int64_t e = entries.begin(token); e < entries.end(token); e++) {
+            const float* of = row(entries, e);
+            out[e] += sum((x[0] * load(of) + x[1] * load(of + LANES)) + (x[2] * load(of + 2 * LANES) + x[3] * load(of + 3 * LANES)));
+        }
+    }
+    void read(const float* from, Floats (&to)[STRIP_VECTORS]) const {
+        float padded[STRIP] = {};
+        if (count < STRIP) from = std::copy_n(from, count, padded) - count;
+        for (int n = 0; n < STRIP_VECTORS; n++) to[n] = load(from + n * LANES);
+    }
+    void write(const Floats (&from)[STRIP_VECTORS], float* to) const {
+        float padded[STRIP];
+        float* whole = count < STRIP ? padded : to;
+        for (int n = 0; n < STRIP_VECTORS; n++) store(whole + n * LANES, from[n]);
+        if (count < STRIP) std::copy_n(padded, count, to);
+    }
+};
+
+}  // namespace
