@@ -1,7 +1,7 @@
 """Lengths of the rows of a matrix. Whoever takes steps with the rows has them at hand, and a pass over the matrix is saved.
 
-An optimiser that alone changes a parameter's memory unseen by autograd says so once (`keep_lengths`), and has each of its steps leave the new
-lengths with the parameter (`lengths_to_leave`). Every other change shows in the parameter's version or address.
+An optimiser that alone changes a parameter's memory unseen by autograd says so once (`keep_lengths`), and has each of its steps leave the
+new lengths with the parameter (`lengths_to_leave`). Every other change shows in the parameter's version or address.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ void saebench_decode(const int32_t* indices, const float* values, const int64_t*
             Floats first[STRIP_VECTORS], sums[STRIP_VECTORS];
 #pragma omp for schedule(dynamic, 1)
             for (int64_t column = 0; column < width; column += STRIP) {
-                strip.copy(w, d_sae, width, column);
+                strip.copy(w, width, column);
                 strip.read(bias + column, first);
                 for (int64_t t = 0; t < tokens; t++) {
                     std::copy(first, first + STRIP_VECTORS, sums);
@@ -123,7 +123,7 @@ void saebench_decode_error(const int32_t* indices, const float* values, const in
             Floats first[STRIP_VECTORS], sums[STRIP_VECTORS], wanted[STRIP_VECTORS];
             const int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
             for (int64_t column = 0; column < width; column += STRIP) {
-                strip.copy(w, d_sae, width, column);
+                strip.copy(w, width, column);
                 strip.read(bias + column, first);
                 for (int64_t t = tokens * own / team; t < tokens * (own + 1) / team; t++) {
                     strip.read(y + t * width + column, wanted);

@@ -1,4 +1,4 @@
-// Entries of sparse codes, and decoding them in strips of columns that stay in the second-level cache.
+// Entries of sparse codes, and weighted sums of rows in strips of columns that stay in the second-level cache.
 //
 // A row that is gathered from the third-level cache or from memory costs what its bytes cost. Where rows are asked for often, a strip of all of
 // them is copied to memory of its own first: a few columns of rows that lie where they are would share few sets of the cache.
@@ -34,23 +34,29 @@ int64_t second_level_cache() {
     return 1 << 20;
 }
 
-// Whether rows are asked for so often that it pays to copy strips of them to the second-level cache, where they lie without gaps.
+// Whether rows are asked for so often that it pays to copy strips of them, which leave half of that cache to others.
 bool in_strips(const Entries& entries, int64_t tokens, int64_t d_sae) {
     return entries.end(tokens - 1) > 4 * d_sae && 2 * d_sae * STRIP * (int64_t)sizeof(float) <= second_level_cache();
 }
 
-// `count` <= STRIP columns of all rows, the rest 0.
+// `count` <= STRIP columns of all rows of a matrix, the rest 0, in memory that a thread keeps from call to call: the system takes longer to
+// hand out fresh memory than a strip takes to fill.
 struct Strip {
-    std::vector<float> rows;  // [d_sae, STRIP]
-    int64_t count = 0;
-    explicit Strip(int64_t d_sae) : rows(d_sae * STRIP) {}
+    float* rows;  // [num, STRIP]
+    int64_t num, count = 0;
 
-    void copy(const float* w, int64_t d_sae, int64_t width, int64_t column) {
-        count = std::min(STRIP, width - column);
-        if (count < STRIP) std::fill(rows.begin(), rows.end(), 0.f);
-        for (int64_t f = 0; f < d_sae; f++) std::copy_n(w + f * width + column, count, rows.data() + f * STRIP);
+    explicit Strip(int64_t num) : num(num) {
+        static thread_local std::vector<float> memory;
+        if ((int64_t)memory.size() < num * STRIP) memory.resize(num * STRIP);
+        rows = memory.data();
     }
-    const float* row(const Entries& entries, int64_t e) const { return rows.data() + entries.indices[e] * STRIP; }
+    void copy(const float* from, int64_t width, int64_t column) {
+        count = std::min(STRIP, width - column);
+        if (count < STRIP) std::fill(rows, rows + num * STRIP, 0.f);
+        for (int64_t i = 0; i < num; i++) std::copy_n(from + i * width + column, count, rows + i * STRIP);
+    }
+
+    const float* row(const Entries& entries, int64_t e) const { return rows + entries.indices[e] * STRIP; }
 
     // The rows of a token's entries onto sums, in the order of `add_rows`.
     void decode(const Entries& entries, int64_t token, Floats (&sums)[STRIP_VECTORS]) const {
