@@ -11,7 +11,6 @@
 
 namespace {
 
-constexpr int64_t TOKEN_BYTES = 2 << 20;  // of tokens that are settled together: they stay in the cache while rows of latents pass by
 constexpr int64_t ROOM_BYTES = 32 << 20;  // for what contends in all tokens that are at work
 constexpr int GROUP_TOKENS = 96;          // at least, of what one thread takes at a time
 
@@ -196,12 +195,20 @@ bool run_screened(int bits, const Problem& problem, int threads, Keep& keep, con
     return run<Float32>(problem, threads, keep, threshold, computed);
 }
 
+// How many tokens are settled together. Their rows are read about 1.6 k times, those of latents once for all of them: where that is little
+// beside it, as many tokens as stay in half of the second-level cache while rows of latents pass by.
+int64_t settled_together(const Problem& problem, int64_t k, int threads) {
+    const int64_t near = std::max<int64_t>(1 << 20, second_level_cache() / 2), row = problem.width * sizeof(float);
+    const bool few = problem.num * row / near < (k * 4) / 5;  // passes over all latents cost less than half of what is read of tokens
+    return std::clamp<int64_t>((few ? near : 2 << 20) / row, 1, (problem.tokens + threads - 1) / threads);
+}
+
 // The k best of every token; with `guessing`, `again` are tokens for which a guess was too high.
 bool best(const Problem& problem, int64_t k, int bits, int threads, bool guessing, float* values, int32_t* indices,
           std::vector<int64_t>& again, int64_t& computed) {
     Contenders keep(problem.tokens, k, guessing);
     if (!run_screened(bits, problem, threads, keep, nullptr, computed)) return false;
-    const int64_t at_once = std::clamp<int64_t>(TOKEN_BYTES / (problem.width * sizeof(float)), 1, (problem.tokens + threads - 1) / threads);
+    const int64_t at_once = settled_together(problem, k, threads);
     int64_t settled = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : settled)
     {

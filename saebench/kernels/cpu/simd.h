@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include <omp.h>
+#include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -21,6 +22,15 @@ constexpr int MOST_TOKENS = 32;  // of a tile, whatever the screen
 
 typedef float Floats __attribute__((vector_size(LANES * 4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
+
+// Bytes of a core's second-level cache.
+static inline int64_t second_level_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (bytes > 0) return bytes;
+#endif
+    return 1 << 20;
+}
 
 static inline Floats load(const float* p) {
     Floats v;

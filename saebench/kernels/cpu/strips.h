@@ -7,8 +7,6 @@
 #include <algorithm>
 #include <vector>
 
-#include <unistd.h>
-
 #include "simd.h"
 
 namespace {
@@ -25,14 +23,6 @@ struct Entries {
 
 constexpr int STRIP_VECTORS = 4;
 constexpr int64_t STRIP = STRIP_VECTORS * LANES;  // columns whose sums stay in registers
-
-int64_t second_level_cache() {
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    if (bytes > 0) return bytes;
-#endif
-    return 1 << 20;
-}
 
 // Whether rows are asked for so often that it pays to copy strips of them, which leave half of that cache to others.
 bool in_strips(const Entries& entries, int64_t tokens, int64_t d_sae) {
