@@ -110,7 +110,10 @@ def _screen() -> str:
     from saebench.kernels import cpu
 
     bits = cpu.screen_bits()
-    return "scores screened in float32" if bits == 32 else f"scores screened in {bits}-bit integers, exact"
+    if bits == 32:
+        return "scores screened in float32"
+    by = " by the matrix unit" if cpu.matrix_unit() else ""
+    return f"scores screened in {bits}-bit integers{by}, exact"
 
 
 @cache

@@ -39,6 +39,11 @@ def screen_bits() -> int:
     return library().saebench_screen_bits()
 
 
+def matrix_unit() -> bool:
+    """Whether this processor's matrix unit (AMX) multiplies 8-bit integers, and the system lets us have it."""
+    return bool(library().saebench_matrix_unit())
+
+
 def topk(
     x_BD: Tensor, W_FD: Tensor, b_F: Tensor, scale_F: Tensor | None, k: int, latents_M: Tensor | None
 ) -> tuple[Tensor, Tensor]:
