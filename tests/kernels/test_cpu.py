@@ -233,6 +233,16 @@ def test_the_error_of_decoding(kind, tokens, width):
     torch.testing.assert_close(products.reshape(-1).double(), wanted, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens, width", [(37, 70), *IN_STRIPS])
+def test_errors_of_two_values_are_those_of_each(tokens, width):
+    codes, W, y, bias = codes_like("ragged", tokens, 211), draw(211, width), draw(tokens, width, seed=2), draw(width)
+    beside = draw(*codes.values.shape, seed=3)
+    both = cpu.decode_error_pair(codes, beside, W, bias, y)
+    first, second = (cpu.decode_error(each, W, bias, y) for each in (codes, codes.replaced(beside)))
+    for ours, alone in zip(both, (*first, *second[1:]), strict=True):
+        torch.testing.assert_close(ours, alone, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens, width", IN_STRIPS)
 def test_strips_decode_what_rows_do(tokens, width):
     codes, W, bias = codes_like("fixed", tokens, 211), draw(211, width), draw(width)

@@ -158,7 +158,7 @@ def decode_error_pair(
     W_FD, bias_D, y_BD, beside = W_FD.contiguous(), bias_D.contiguous(), y_BD.contiguous(), beside.contiguous()
     error_BD = torch.empty_like(y_BD)
     squares_2B, found_2N = torch.empty(2, len(codes)), torch.empty(2, *codes.values.shape)
-    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1]))
+    sizes = map(ctypes.c_int64, (len(codes), W_FD.shape[1], len(W_FD)))
     library().saebench_decode_error_pair(
         *_entries(codes),
         *map(at, (beside, W_FD, bias_D, y_BD)),

@@ -76,6 +76,60 @@ void products(const Entries& entries, int64_t token, const float* row, const flo
     for (; e < entries.end(token); e++) out[e] = dot(row, w + entries.indices[e] * width, width);
 }
 
+// Errors y_hat + bias - y of decoding with each of some values, of which the first is kept, their squares [SUMS, tokens] and products with the rows
+// of entries [SUMS, N].
+template <int SUMS>
+void errors_in_strips(const Entries& entries, const float* const (&values)[SUMS], const float* w, const float* bias, const float* y,
+                      int64_t tokens, int64_t width, int64_t d_sae, int threads, float* error, float* squares, float* out) {
+    const int64_t last = entries.end(tokens - 1);
+    std::fill(squares, squares + SUMS * tokens, 0.f);
+    std::fill(out, out + SUMS * last, 0.f);
+#pragma omp parallel num_threads(threads)
+    {
+        Strip strip(d_sae);
+        Floats first[STRIP_VECTORS], sums[STRIP_VECTORS], wanted[STRIP_VECTORS];
+        const int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
+        for (int64_t column = 0; column < width; column += STRIP) {
+            strip.copy(w, width, column);
+            strip.read(bias + column, first);
+            for (int64_t t = tokens * own / team; t < tokens * (own + 1) / team; t++) {
+                strip.read(y + t * width + column, wanted);
+                for (int n = 0; n < SUMS; n++) {
+                    for (int v = 0; v < STRIP_VECTORS; v++) sums[v] = first[v] - wanted[v];
+                    strip.decode(entries, values[n], t, sums);
+                    if (n == 0) strip.write(sums, error + t * width + column);
+                    squares[n * tokens + t] += sum((sums[0] * sums[0] + sums[1] * sums[1]) + (sums[2] * sums[2] + sums[3] * sums[3]));
+                    strip.products(entries, t, sums, out + n * last);
+                }
+            }
+        }
+    }
+}
+
+template <int SUMS>
+void errors(const Entries& entries, const float* const (&values)[SUMS], const float* w, const float* bias, const float* y, int64_t tokens,
+            int64_t width, int64_t d_sae, int threads, float* error, float* squares, float* out) {
+    if (in_strips(entries, tokens, d_sae))
+        return errors_in_strips<SUMS>(entries, values, w, bias, y, tokens, width, d_sae, threads, error, squares, out);
+    const int64_t last = entries.end(tokens - 1);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> others((SUMS - 1) * (width + LANES));
+#pragma omp for schedule(dynamic, 16)
+        for (int64_t t = 0; t < tokens; t++) {
+            float* rows[SUMS];
+            for (int n = 0; n < SUMS; n++) rows[n] = n ? others.data() + (n - 1) * (width + LANES) : error + t * width;
+            for (int64_t p = 0; p < width; p++)
+                for (int n = 0; n < SUMS; n++) rows[n][p] = bias[p] - y[t * width + p];
+            add_rows<SUMS>(entries, values, t, last, w, width, rows);
+            for (int n = 0; n < SUMS; n++) {
+                squares[n * tokens + t] = dot(rows[n], rows[n], width);
+                products(entries, t, rows[n], w, width, out + n * last);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -95,7 +149,7 @@ void saebench_decode(const int32_t* indices, const float* values, const int64_t*
                 strip.read(bias + column, first);
                 for (int64_t t = 0; t < tokens; t++) {
                     std::copy(first, first + STRIP_VECTORS, sums);
-                    strip.decode(entries, t, sums);
+                    strip.decode(entries, values, t, sums);
                     strip.write(sums, out + t * width + column);
                 }
             }
@@ -109,67 +163,19 @@ void saebench_decode(const int32_t* indices, const float* values, const int64_t*
     }
 }
 
-// The error of decoding, y_hat + bias - y, its squares by token, and its products with the rows that made it, while these are at hand.
+// The error of decoding, y_hat + bias - y [tokens, width], its squares by token, and its products with the rows that made it, while these are at
+// hand.
 void saebench_decode_error(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* w,
                            const float* bias, const float* y, int64_t tokens, int64_t width, int64_t d_sae, int threads, float* error,
                            float* squares, float* out) {
-    const Entries entries{indices, values, offsets, k};
-    if (in_strips(entries, tokens, d_sae)) {
-        std::fill(squares, squares + tokens, 0.f);
-        std::fill(out, out + entries.end(tokens - 1), 0.f);
-#pragma omp parallel num_threads(threads)
-        {
-            Strip strip(d_sae);
-            Floats first[STRIP_VECTORS], sums[STRIP_VECTORS], wanted[STRIP_VECTORS];
-            const int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
-            for (int64_t column = 0; column < width; column += STRIP) {
-                strip.copy(w, width, column);
-                strip.read(bias + column, first);
-                for (int64_t t = tokens * own / team; t < tokens * (own + 1) / team; t++) {
-                    strip.read(y + t * width + column, wanted);
-                    for (int n = 0; n < STRIP_VECTORS; n++) sums[n] = first[n] - wanted[n];
-                    strip.decode(entries, t, sums);
-                    strip.write(sums, error + t * width + column);
-                    squares[t] += sum((sums[0] * sums[0] + sums[1] * sums[1]) + (sums[2] * sums[2] + sums[3] * sums[3]));
-                    strip.products(entries, t, sums, out);
-                }
-            }
-        }
-        return;
-    }
-#pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
-    for (int64_t t = 0; t < tokens; t++) {
-        float* e_row = error + t * width;
-        const float* y_row = y + t * width;
-        for (int64_t p = 0; p < width; p++) e_row[p] = bias[p] - y_row[p];
-        add_rows<1>(entries, {values}, t, entries.end(tokens - 1), w, width, {e_row});
-        squares[t] = dot(e_row, e_row, width);
-        products(entries, t, e_row, w, width, out);
-    }
+    errors<1>({indices, values, offsets, k}, {values}, w, bias, y, tokens, width, d_sae, threads, error, squares, out);
 }
 
 // The same, and beside it squares and products for other values at the same entries, whose errors are not kept; squares and out hold both.
 void saebench_decode_error_pair(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* beside,
-                                const float* w, const float* bias, const float* y, int64_t tokens, int64_t width, int threads, float* error,
-                                float* squares, float* out) {
-    const Entries entries{indices, values, offsets, k};
-    const int64_t last = entries.end(tokens - 1);
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> memory(width + LANES);
-        float* other = memory.data();
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t t = 0; t < tokens; t++) {
-            float* e_row = error + t * width;
-            const float* y_row = y + t * width;
-            for (int64_t p = 0; p < width; p++) other[p] = e_row[p] = bias[p] - y_row[p];
-            add_rows<2>(entries, {values, beside}, t, last, w, width, {e_row, other});
-            squares[t] = dot(e_row, e_row, width);
-            squares[tokens + t] = dot(other, other, width);
-            products(entries, t, e_row, w, width, out);
-            products(entries, t, other, w, width, out + last);
-        }
-    }
+                                const float* w, const float* bias, const float* y, int64_t tokens, int64_t width, int64_t d_sae, int threads,
+                                float* error, float* squares, float* out) {
+    errors<2>({indices, values, offsets, k}, {values, beside}, w, bias, y, tokens, width, d_sae, threads, error, squares, out);
 }
 
 void saebench_dots(const int32_t* indices, const float* values, const int64_t* offsets, int64_t k, const float* rows, const float* w,

@@ -63,6 +63,20 @@ static inline float sum(Floats v) {
 #endif
 }
 
+// Adds to `out` the sums of four vectors.
+static inline void add_sums(const Floats (&v)[4], float* out) {
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+    const auto halved = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
+    const __m512d low = (__m512d)halved((__m512)v[0], (__m512)v[1]), high = (__m512d)halved((__m512)v[2], (__m512)v[3]);
+    const __m512 parts = _mm512_add_ps((__m512)_mm512_unpacklo_pd(low, high), (__m512)_mm512_unpackhi_pd(low, high));
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(parts), _mm512_extractf32x8_ps(parts, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), four));
+#else
+    for (int i = 0; i < 4; i++) out[i] += sum(v[i]);
+#endif
+}
+
 // Bit i is set where v[i] >= limit[i]; never for NaN.
 static inline uint32_t at_least(Floats v, Floats limit) {
 #if defined(__AVX512F__) && defined(__AVX512BW__)

@@ -48,12 +48,12 @@ struct Strip {
 
     const float* row(const Entries& entries, int64_t e) const { return rows + entries.indices[e] * STRIP; }
 
-    // The rows of a token's entries onto sums, in the order of `add_rows`.
-    void decode(const Entries& entries, int64_t token, Floats (&sums)[STRIP_VECTORS]) const {
+    // The rows of a token's entries, times values, onto sums, in the order of `add_rows`.
+    void decode(const Entries& entries, const float* values, int64_t token, Floats (&sums)[STRIP_VECTORS]) const {
         int64_t e = entries.begin(token);
         for (const int64_t end = entries.end(token); e + 4 <= end; e += 4) {
             const float* of[4] = {row(entries, e), row(entries, e + 1), row(entries, e + 2), row(entries, e + 3)};
-            const float* v = entries.values + e;
+            const float* v = values + e;
 #pragma GCC unroll 4
             for (int n = 0; n < STRIP_VECTORS; n++) {
                 const auto part = [&](int i) { return all(v[i]) * load(of[i] + n * LANES); };
@@ -61,14 +61,17 @@ struct Strip {
             }
         }
         for (; e < entries.end(token); e++)
-            for (int n = 0; n < STRIP_VECTORS; n++) sums[n] += all(entries.values[e]) * load(row(entries, e) + n * LANES);
+            for (int n = 0; n < STRIP_VECTORS; n++) sums[n] += all(values[e]) * load(row(entries, e) + n * LANES);
     }
     // Onto `out` the products of `x` with the rows of a token's entries.
     void products(const Entries& entries, int64_t token, const Floats (&x)[STRIP_VECTORS], float* out) const {
-        for (int64_t e = entries.begin(token); e < entries.end(token); e++) {
+        const auto product = [&](int64_t e) {
             const float* of = row(entries, e);
-            out[e] += sum((x[0] * load(of) + x[1] * load(of + LANES)) + (x[2] * load(of + 2 * LANES) + x[3] * load(of + 3 * LANES)));
-        }
+            return (x[0] * load(of) + x[1] * load(of + LANES)) + (x[2] * load(of + 2 * LANES) + x[3] * load(of + 3 * LANES));
+        };
+        int64_t e = entries.begin(token);
+        for (; e + 4 <= entries.end(token); e += 4) add_sums({product(e), product(e + 1), product(e + 2), product(e + 3)}, out + e);
+        for (; e < entries.end(token); e++) out[e] += sum(product(e));
     }
     void read(const float* from, Floats (&to)[STRIP_VECTORS]) const {
         float padded[STRIP] = {};
