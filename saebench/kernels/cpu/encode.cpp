@@ -147,8 +147,11 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
 #pragma omp for schedule(dynamic, 1)
             for (int64_t i = 0; i < held; i++) {
                 if (!blocks[i]) blocks[i] = std::make_unique<Block<Screen>>(most, tokens.words);
-                const int64_t of_block = (problem.num - first - i + num_blocks - 1) / num_blocks;
-                good = blocks[i]->fill(problem, first + i, num_blocks, of_block, tokens.words, threshold) && good;
+                const int64_t b = first + i;
+                const Share share = std::is_same_v<Keep, Contenders>  // who guess from the blocks so far
+                                        ? Share::sample(b, num_blocks, problem.num)
+                                        : Share::range(problem.num * b / num_blocks, problem.num * (b + 1) / num_blocks);
+                good = blocks[i]->fill(problem, share, tokens.words, threshold) && good;
             }
             if (!good) {
 #pragma omp atomic write

@@ -158,7 +158,7 @@ bool run(const Rows& all_rows, const float* zeros, int threads, Best& keep, int6
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(&& : finite)
     for (int64_t b = 0; b < num_blocks; b++) {
         blocks[b] = std::make_unique<Block<Screen>>(most, words);
-        finite = blocks[b]->fill(of_block(b), b * size, 1, all_rows.count(b), words, nullptr) && finite;
+        finite = blocks[b]->fill(of_block(b), Share::range(b * size, b * size + all_rows.count(b)), words, nullptr) && finite;
     }
     if (!finite) return false;
     std::vector<std::vector<Found>> found(threads);

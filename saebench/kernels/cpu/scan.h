@@ -124,6 +124,16 @@ static inline void transpose(const void* from, int64_t from_row, void* to, int64
 }
 #endif
 
+// `count` of all latents, every `stride`-th from `first` on.
+struct Share {
+    int64_t first, stride, count;
+
+    static Share range(int64_t first, int64_t last) { return {first, 1, last - first}; }
+    // The b-th of `parts`, each a fair sample: neighbours are often alike.
+    static Share sample(int64_t b, int64_t parts, int64_t num) { return {b, parts, (num - b + parts - 1) / parts}; }
+    int64_t latent(int64_t j) const { return first + j * stride; }
+};
+
 template <class Screen>
 struct Block {
     int64_t size = 0, most;
@@ -139,9 +149,8 @@ struct Block {
 
     int64_t padded() const { return (size + PANEL - 1) / PANEL * PANEL; }
 
-    // `count` latents, every `stride`-th from `first`: neighbours are often alike, and a guess needs a fair sample.
-    bool fill(const Problem& problem, int64_t first, int64_t stride, int64_t count, int64_t words, const float* threshold) {
-        size = count;
+    bool fill(const Problem& problem, const Share& share, int64_t words, const float* threshold) {
+        size = share.count;
         const int64_t padded = this->padded();
         bool finite = true;
         longest = worst = 0;
@@ -154,8 +163,8 @@ struct Block {
                 limits[j] = INFINITY;
                 start[j] = 0;
             } else {
-                const int64_t f = row[j] = (int32_t)problem.row(first + j * stride);
-                const float* next = problem.w + problem.row(first + std::min(j + 1, size - 1) * stride) * problem.width;
+                const int64_t f = row[j] = (int32_t)problem.row(share.latent(j));
+                const float* next = problem.w + problem.row(share.latent(std::min(j + 1, size - 1))) * problem.width;
                 const Row made = pack<Screen>(problem.w + f * problem.width, problem.width, words, to, next);
                 const float scale = problem.scale ? problem.scale[f] : 1.f, b = problem.b[f] * scale;
                 unit[j] = made.unit * scale;
