@@ -35,7 +35,7 @@ def test_the_induction_head_retrieves_and_nothing_is_copied_without_it(toy):
     assert found.strongest(1) == [circuit.induction_head]
     assert float(found.score_LH[circuit.induction_head]) == 1 and float(found.score_LH.sum()) <= 1.1
     lost = ablate(lm, prompts, [circuit.induction_head], draws=6)
-    assert lost.copied == 0 and lost.loss > 2
+    assert lost.copied < 0.1 and lost.loss > 2  # what it guesses then, rounding decides: one of 48 may be right
     # of the other heads, that of the previous token is needed too, and two do nothing
     assert set(lost.random_copied.tolist()) <= {0.0, 1.0} and 1.0 in lost.random_copied.tolist()
     assert ((lost.random_loss < 1e-2) == (lost.random_copied == 1)).all()
