@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = (
-    64 << 20
-)  # scores of one block of tokens: smaller blocks read the encoder more often than they save (benchmarks/NOTES.md)
+# Scores of one block of tokens. Smaller blocks are still in a cache when they are selected from, but read the encoder more often, and a product
+# wants hundreds of rows (benchmarks/NOTES.md).
+BLOCK_BYTES = 64 << 20
+CACHED_BYTES, ROWS = 16 << 20, 512
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
@@ -25,7 +26,8 @@ def score_blocks(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, scale_F: Tenso
             x_BD, W_enc_FD = x_BD.float(), W_enc_FD.float()
     narrow = x_BD.dtype in SIXTEEN_BITS
     scores_type = torch.float32 if narrow else x_BD.dtype
-    block = max(1, BLOCK_BYTES // max(1, len(W_enc_FD) * scores_type.itemsize))
+    row_bytes = max(1, len(W_enc_FD) * scores_type.itemsize)
+    block = max(1, min(BLOCK_BYTES, max(CACHED_BYTES, ROWS * row_bytes)) // row_bytes)
     scores = x_BD.new_empty(min(block, len(x_BD)), len(W_enc_FD), dtype=scores_type)
     for start in range(0, len(x_BD), block):
         rows_BD = x_BD[start : start + block]
