@@ -43,7 +43,8 @@ class WorkerProcess:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin after a step would slow down the next worker's turn
+            "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin after a step would slow down the next worker's turn,
+            "GOMP_SPINCOUNT": "3000",  # and these stop after a fraction of a millisecond
             "HF_HUB_OFFLINE": "1",
             "WANDB_MODE": "disabled",
             "TOKENIZERS_PARALLELISM": "false",
