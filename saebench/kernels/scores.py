@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Scores of one block of tokens. Smaller blocks are still in a cache when they are selected from, but read the encoder more often, and a product
-# wants hundreds of rows (benchmarks/NOTES.md).
+# Scores of one block of tokens. Smaller blocks are still in a cache when they are selected from, but read the encoder more often, and a
+# product wants hundreds of rows (benchmarks/NOTES.md).
 BLOCK_BYTES = 64 << 20
 CACHED_BYTES, ROWS = 16 << 20, 512
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
