@@ -167,10 +167,10 @@ class SparseAutoencoder(Dictionary):
         """Encoder and decoder, and what makes latents be in units of what they write."""
         if self.config.decoder == "unit" or self.folded:
             return Weights(self.W_enc_FD, self.b_enc, self.W_dec)
-        one_site = len(self.config.blocks_out) == 1
-        norm_F = row_lengths(self.W_dec) if self.norms_cancel and one_site else block_norms(self.W_dec, self.config.blocks_out)
-        if self.norms_cancel:
-            norm_F = norm_F.detach()
+        if self.norms_cancel and len(self.config.blocks_out) == 1:
+            norm_F = row_lengths(self.W_dec)
+        else:
+            norm_F = block_norms(self.W_dec.detach() if self.norms_cancel else self.W_dec, self.config.blocks_out)
         return Weights(self.W_enc_FD, self.b_enc, self.W_dec, norm_F.clamp_min(1e-8))
 
     # --- what a member of the family defines ---
