@@ -134,7 +134,8 @@ class Fused(Primitives, Protocol):
         ...
 
     def gradient_bound(self, W_FD: Tensor, gradient: Gradient) -> float:
-        """An upper bound of `gradient_square` that costs little; where it is offered, `update` returns the square itself."""
+        """An upper bound of `gradient_square` that costs little, for tensors in memory: on a device it would be waited for. Where it is
+        offered, `update` returns the square itself."""
         ...
 
     def attention(

@@ -121,6 +121,19 @@ def gradient_square(W_FD: Tensor, gradient: Gradient, unit: bool) -> Tensor:
     return _summed(W_FD, gradient, unit).square().sum(dtype=torch.float64)
 
 
+def gradient_bound(W_FD: Tensor, gradient: Gradient) -> float:
+    """An upper bound of `gradient_square` that looks, for terms, at the lengths of rows alone: no gradient is summed twice."""
+    most_F = torch.zeros(len(W_FD), dtype=torch.float64, device=W_FD.device)
+    for term in gradient.terms:
+        codes, lengths_B = term.codes, torch.linalg.vector_norm(term.rows_BD, dim=1, dtype=torch.float64)
+        weights_N = codes.values.reshape(-1).abs() * lengths_B[codes.tokens]
+        most_F += torch.bincount(codes.indices.reshape(-1), weights_N, minlength=len(W_FD))
+    if gradient.own_F is not None:
+        most_F += gradient.own_F.abs() * torch.linalg.vector_norm(W_FD, dim=1, dtype=torch.float64)
+    dense = 0.0 if gradient.dense_FD is None else float(torch.linalg.vector_norm(gradient.dense_FD, dtype=torch.float64))
+    return (dense + 1.001 * float(torch.linalg.vector_norm(most_F))) ** 2
+
+
 def update(
     W_FD: Tensor,
     m_FD: Tensor,
@@ -130,9 +143,12 @@ def update(
     rule: AdamRule,
     factor: Tensor,
     master_FD: Tensor | None = None,
-) -> None:
+) -> Tensor:
+    """Also returns what `gradient_square` would have."""
     weights_FD = W_FD if master_FD is None else master_FD
-    total_FD = _summed(weights_FD, gradient, unit).mul_(factor)
+    total_FD = _summed(weights_FD, gradient, unit)
+    square = torch.linalg.vector_norm(total_FD).double().square()
+    total_FD *= factor
     wide_FD = m_FD.to(v_FD.dtype)  # m itself where the types are the same
     step = torch.full((), float(rule.step - 1), device=W_FD.device)  # adam counts it up
     adam(
@@ -158,6 +174,7 @@ def update(
             rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min_(1e-12)
     if master_FD is not None:
         W_FD.copy_(master_FD)
+    return square
 
 
 def _summed(W_FD: Tensor, gradient: Gradient, unit: bool) -> Tensor:

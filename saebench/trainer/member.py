@@ -20,7 +20,7 @@ from saebench.dictionaries import Dictionary, DictionaryConfig, Losses, Scaling,
 from saebench.errors import UserError
 from saebench.kernels import current_implementation
 from saebench.trainer.config import TrainConfig
-from saebench.trainer.optimiser import Adam
+from saebench.trainer.optimiser import Adam, asking_waits
 
 FORESIGHT, FORESIGHT_SHARE = 50, 1 / 8
 """Steps over which the number of latents that may be dead is foreseen, where counting them anew would wait for the device; and at most this
@@ -217,11 +217,6 @@ class Member:
         dictionary.constrain()
         dictionary.fold(self.read, self.write)
         return dictionary.eval().requires_grad_(False)
-
-
-def asking_waits(device: torch.device) -> bool:
-    """Whether a number in a tensor is known only once all work before is done."""
-    return device.type != "cpu"
 
 
 def _check_rounding(dictionary: Dictionary, device: torch.device) -> None:

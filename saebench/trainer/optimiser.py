@@ -27,6 +27,11 @@ from saebench.kernels.row_lengths import keep_lengths, lengths_to_leave
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def asking_waits(device: torch.device) -> bool:
+    """Whether a number in a tensor is known only once all work before is done."""
+    return device.type != "cpu"
+
+
 class _Matrix:
     """One parameter as rows [F, D], the copy of it that kernels read, its moments, and where its gradient comes from."""
 
@@ -148,7 +153,7 @@ class Adam:
         total = 0.0
         for matrix, gradient in found:
             bound = getattr(matrix.primitives, "gradient_bound", None)
-            if bound is None:
+            if bound is None or asking_waits(matrix.rows.device):
                 return False
             total += bound(matrix.rows, gradient)
         return total <= self.clip**2

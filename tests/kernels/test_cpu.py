@@ -253,7 +253,8 @@ def test_strips_decode_what_rows_do(tokens, width):
 
 @pytest.mark.parametrize("kind", ["fixed", "ragged"])
 @pytest.mark.parametrize("unit", [False, True])
-def test_update_is_torchs_adam_on_the_summed_gradient(kind, unit):
+@pytest.mark.parametrize("kernels", [cpu, stock], ids=["cpu", "stock"])
+def test_update_is_torchs_adam_on_the_summed_gradient(kind, unit, kernels):
     generator = torch.Generator().manual_seed(3)
     ours = torch.randn(211, 19, generator=generator)
     ours /= ours.norm(dim=1, keepdim=True)
@@ -270,15 +271,15 @@ def test_update_is_torchs_adam_on_the_summed_gradient(kind, unit):
         if unit:
             along = (total * theirs.data).sum(1, keepdim=True) / theirs.data.square().sum(1, keepdim=True)
             total = total - along * theirs.data
-        square = cpu.gradient_square(ours, gradient, unit)
+        square = kernels.gradient_square(ours, gradient, unit)
         assert float(square) == pytest.approx(float(total.square().sum()), rel=1e-4)
-        assert float(square) <= cpu.gradient_bound(ours, gradient)
+        assert float(square) <= kernels.gradient_bound(ours, gradient)
         theirs.grad = 0.37 * total
         reference.step()
         if unit:
             theirs.data /= theirs.data.norm(dim=1, keepdim=True)
-        told = cpu.update(ours, *moments, gradient, unit, AdamRule(3e-3, (0.9, 0.999), 1e-8, step), torch.tensor(0.37))
-        torch.testing.assert_close(told, square)
+        told = kernels.update(ours, *moments, gradient, unit, AdamRule(3e-3, (0.9, 0.999), 1e-8, step), torch.tensor(0.37))
+        torch.testing.assert_close(told, square, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.double(), theirs.data, rtol=1e-5, atol=2e-5)
     if unit:
         torch.testing.assert_close(ours.norm(dim=1), torch.ones(211), rtol=0, atol=1e-6)
@@ -411,6 +412,6 @@ def test_older_processors_compute_the_same(processor, tmp_path, monkeypatch):
         x, W, b = draw(tokens, d_in), draw(d_sae, d_in, seed=1), 0.3 * draw(d_sae, seed=2)
         expected = expected_topk(x, W, b, None, k)
         assert_same_selection(cpu.topk(x, W, b, None, k, None), expected, expected[2], k)
-    test_update_is_torchs_adam_on_the_summed_gradient("ragged", True)
+    test_update_is_torchs_adam_on_the_summed_gradient("ragged", True, cpu)
     for kind in ("topk", "jumprelu"):
         test_whole_operations_equal_the_dense_reference_in_float64(kind)

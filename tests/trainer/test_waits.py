@@ -24,6 +24,7 @@ from saebench.kernels import encode_batch_topk, use_implementation
 from saebench.kernels.encode_batch_topk import largest
 from saebench.trainer import Member, TrainConfig
 from saebench.trainer import member as member_module
+from saebench.trainer import optimiser as optimiser_module
 
 ATEN = torch.ops.aten
 ASKING = {
@@ -79,7 +80,8 @@ def waits_of(work):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(member_module, "asking_waits", lambda device: True)
+    for module in (member_module, optimiser_module):
+        monkeypatch.setattr(module, "asking_waits", lambda device: True)
     monkeypatch.setattr(orthogonality, "CPU_BLOCK", orthogonality.BLOCK)
     selection = sys.modules["saebench.kernels.encode_batch_topk"]  # a function of the same name hides it
     monkeypatch.setattr(selection, "positions", lambda kept, count: torch.nonzero_static(kept, size=count)[:, 0])
