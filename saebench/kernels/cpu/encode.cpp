@@ -125,6 +125,7 @@ void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Bloc
 
 template <class Screen, class Keep>
 bool run(const Problem& problem, int threads, Keep& keep, const float* threshold, int64_t& computed) {
+    static_assert(Screen::TOKENS <= MOST_TOKENS);
     const Tokens<Screen> tokens(problem, threads);
     if (!tokens.finite) return false;
     const int64_t row_bytes = tokens.words * sizeof(typename Screen::word);

@@ -34,12 +34,7 @@ def top_tokens(
 ) -> tuple[np.ndarray, ...]:
     """Raises ValueError where an id is outside the vocabulary."""
     num = len(starts_F1) - 1
-    found: tuple[np.ndarray, ...] = (
-        np.full((num, count), -1, np.int32),
-        np.zeros((num, count), np.int64),
-        np.zeros((num, count)),
-        np.zeros(num, np.int64),
-    )
+    found = (*_ranked(num, count), np.zeros(num, np.int64))
     valid = library().saebench_top_tokens(
         *map(address, (starts_F1, tokens_N, values_N, ids_T)),
         *map(ctypes.c_int64, (num, vocabulary, count)),
@@ -63,11 +58,7 @@ def coactivation(
 ) -> tuple[np.ndarray, ...]:
     """`codes`: of each chunk its first token, starts and latents."""
     num = len(starts_F1) - 1
-    found: tuple[np.ndarray, ...] = (
-        np.full((num, count), -1, np.int32),
-        np.zeros((num, count), np.int64),
-        np.zeros((num, count)),
-    )
+    found = _ranked(num, count)
     firsts = np.array([first for first, _, _ in codes], np.int64)
     sizes = np.array([len(starts) - 1 for _, starts, _ in codes], np.int64)
     library().saebench_coactivation(
@@ -98,3 +89,8 @@ def merge_runs(
         *map(address, found),
     )
     return found
+
+
+def _ranked(num: int, count: int) -> tuple[np.ndarray, ...]:
+    """Room for the best of each latent, [num, count] each: what it is (-1: nothing), how often, and a sum."""
+    return np.full((num, count), -1, np.int32), np.zeros((num, count), np.int64), np.zeros((num, count))

@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int64_t LINE = 16;  // floats in a line of the cache
-
 // Weighted rows onto y, four at a time; those with weight 0 are left out.
 struct Gather {
     float* y;

@@ -65,6 +65,7 @@ struct Strip {
     }
     // Onto `out` the products of `x` with the rows of a token's entries.
     void products(const Entries& entries, int64_t token, const Floats (&x)[STRIP_VECTORS], float* out) const {
+        static_assert(STRIP_VECTORS == 4);
         const auto product = [&](int64_t e) {
             const float* of = row(entries, e);
             return (x[0] * load(of) + x[1] * load(of + LANES)) + (x[2] * load(of + 2 * LANES) + x[3] * load(of + 3 * LANES));
