@@ -24,9 +24,10 @@ def test_imports(builtin_lm, tmp_path):
         target=imports.target, strengths=(4.0, 6.0, 16.0), seeds=2, max_new_tokens=24, controls=3,
     )  # fmt: skip
     doses = [dose for dose in effects.doses if dose.strength == 6.0]
-    controls = [dose.estimate("target").high for dose in doses if dose.kind == "control"]
+    # "Beyond" asks for an interval above untouched text too: controls that break the text may never write the target at all.
+    controls = [dose.estimate("target").high for dose in [effects.untouched, *doses] if dose.kind == "control"]
     found = [dose.method for dose in doses if dose.kind == "features" and dose.estimate("target").low > max(controls)]
-    assert len(controls) >= 6 and found, reading(effects)
+    assert len(controls) >= 7 and found, reading(effects)
     assert all(f"{method} from " in reading(effects) for method in found)
     assert any(effects.breaks_at(method) == 16.0 for method in effects.methods)  # and where fluency breaks is shown
     rows = dose_table(effects)
