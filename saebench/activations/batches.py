@@ -2,7 +2,9 @@
 
 The order is a function of the seed: an epoch permutes the contexts of the whole corpus, takes them in groups that fit in memory,
 and permutes the tokens inside each group. So contexts are read whole, a batch mixes hundreds of documents, every token comes once an epoch,
-and the batch at any position can be had at once: resuming needs only its number. The next group is read in the background.
+and the batch at any position can be had at once: resuming needs only its number. The next group is read in the background, and only
+read: whatever torch splits among threads would raise a second team of them there, beside which the caller's sleep wherever they wait
+(a step takes a quarter longer). A model that runs on the training's own processors is asked when its activations are needed.
 
 Shape suffixes: `N` contexts, `S` positions, `B` tokens in a batch, `D` width of a site, `R` rows of a group.
 """
@@ -10,8 +12,8 @@ Shape suffixes: `N` contexts, `S` positions, `B` tokens in a batch, `D` width of
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +37,8 @@ class Source(Protocol):
     """Positions at the start of every context that are neither trained on nor measured."""
     ordered: bool
     """Whether contexts are sequences, or rows without an order."""
+    competes: bool
+    """Whether fetching keeps the processors busy that training needs."""
 
     @property
     def contexts(self) -> Contexts: ...
@@ -84,9 +88,9 @@ class Batches:
         self.contexts_per_group = min(max(fitting, needed), self.contexts_per_epoch)
         self._last_group = None if end is None else self._place(max(0, end * batch_size - 1))[0]
         self._epoch: tuple[int, Tensor] | None = None
-        self._groups: dict[int, Future] = {}
+        self._groups: dict[int, tuple[Tensor, Future]] = {}  # order of the rows, and what is read
         self._spare: list[dict[str, Encoded]] = []  # memory of groups that are used up: fresh memory costs more than filling it
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._pool = _reader(source)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -129,23 +133,23 @@ class Batches:
 
     def _group(self, number: int) -> tuple[Tensor, dict[str, Encoded]]:
         for old in [n for n in self._groups if n < number]:
-            self._spare.append(self._groups.pop(old).result()[2])
-        for wanted in (number, number + 1):
+            self._spare.append(self._groups.pop(old)[1].result())
+        for wanted in (number,) if self.source.competes else (number, number + 1):
             beyond = self._last_group is not None and wanted > max(number, self._last_group)
             if wanted not in self._groups and not beyond:
-                self._groups[wanted] = self._pool.submit(self._load, wanted)
-        order_R, encoded, _ = self._groups[number].result()
-        return order_R, encoded
+                contexts_N, order_R = self._order(wanted)
+                spare = self._spare.pop() if self._spare else None
+                self._groups[wanted] = order_R, self._pool.submit(self.source.fetch, contexts_N, self.sites, spare)
+        order_R, read = self._groups[number]
+        return order_R, {site: values.flat() for site, values in read.result().items()}
 
-    def _load(self, number: int) -> tuple[Tensor, dict[str, Encoded], dict[str, Encoded]]:
+    def _order(self, number: int) -> tuple[Tensor, Tensor]:
+        """The contexts of a group, and in which order their tokens come."""
         epoch, group = divmod(number, self.groups_per_epoch)
         contexts_N = self._contexts_of(epoch)[group * self.contexts_per_group : (group + 1) * self.contexts_per_group]
-        memory = self.source.fetch(contexts_N, self.sites, self._spare.pop() if self._spare else None)
-        encoded = {site: values.flat() for site, values in memory.items()}
         size = self.source.context_size
         kept_R = (torch.arange(len(contexts_N))[:, None] * size + torch.arange(self.skip, size)).flatten()
-        order_R = kept_R[torch.randperm(len(kept_R), generator=generator_of(self.seed, epoch, 1 + group))]
-        return order_R, encoded, memory
+        return contexts_N, kept_R[torch.randperm(len(kept_R), generator=generator_of(self.seed, epoch, 1 + group))]
 
     def _contexts_of(self, epoch: int) -> Tensor:
         if self._epoch is None or self._epoch[0] != epoch:
@@ -167,7 +171,7 @@ class ContextBatches:
             raise UserError(
                 "these activations are shuffled rows without an order: a dictionary that reads sequences needs contexts"
             )
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="contexts")
+        self._pool = _reader(source)
         self._ahead: dict[int, Future] = {}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -175,10 +179,10 @@ class ContextBatches:
 
     def __next__(self) -> dict[str, Tensor]:
         """The next batch. Raises UserError naming site and batch when it holds NaN or Inf."""
-        for position in (self.position, self.position + 1):
+        for position in (self.position,) if self.source.competes else (self.position, self.position + 1):
             if position not in self._ahead:
-                self._ahead[position] = self._pool.submit(self._load, position)
-        batch = self._ahead.pop(self.position).result()
+                self._ahead[position] = self._pool.submit(self.source.fetch, self._contexts(position), self.sites)
+        batch = {site: encoded.decode() for site, encoded in self._ahead.pop(self.position).result().items()}
         check_finite(batch, self.position)
         self.position += 1
         return batch
@@ -187,12 +191,23 @@ class ContextBatches:
         """Stop reading ahead."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _load(self, position: int) -> dict[str, Tensor]:
+    def _contexts(self, position: int) -> Tensor:
         per_epoch = self.source.num_contexts // self.batch_size  # whole batches; what is left over differs from epoch to epoch
         epoch, number = divmod(position, per_epoch)
         permuted_N = torch.randperm(self.source.num_contexts, generator=generator_of(self.seed, epoch, 0))
-        fetched = self.source.fetch(permuted_N[number * self.batch_size : (number + 1) * self.batch_size], self.sites)
-        return {site: encoded.decode() for site, encoded in fetched.items()}
+        return permuted_N[number * self.batch_size : (number + 1) * self.batch_size]
+
+
+def _reader(source: Source) -> Executor:
+    """What fetches: in the background, or, where that would only slow down both, when it is asked to."""
+    return _AtOnce() if source.competes else ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+
+class _AtOnce(Executor):
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
+        done: Future = Future()
+        done.set_result(fn(*args, **kwargs))
+        return done
 
 
 def check_finite(batch: dict[str, Tensor], number: int) -> None:

@@ -46,6 +46,7 @@ class JoinedSource:
             if one.skip != other.skip:
                 raise UserError(f"sources {first!r} and {name!r} skip {one.skip} and {other.skip} positions: they must agree")
         self.skip, self.ordered = one.skip, one.ordered
+        self.competes = any(source.competes for source in self.sources.values())
         self.num_contexts, self.context_size = one.num_contexts, one.context_size
         self.widths = {
             SEPARATOR.join((name, site)): width for name, s in self.sources.items() for site, width in s.widths.items()

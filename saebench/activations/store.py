@@ -35,6 +35,7 @@ class ActivationStore:
 
     skip = 1  # position 0 has an outlying norm in most models
     ordered = True
+    competes = False
 
     def __init__(self, path: str | Path):
         """Raises UserError for a path that is no complete store of this version."""

@@ -27,6 +27,7 @@ class ActivationStream:
         self.lm, self.contexts, self.batch_size = lm, contexts, batch_size
         self.widths = {site: lm.width(site) for site in sites}
         self.num_contexts, self.context_size = len(contexts), contexts.context_size
+        self.competes = lm.device.type == "cpu"
         self._statistics: dict[str, SiteStatistics] = {}
 
     @property

@@ -21,6 +21,8 @@ ROWS_AT_ONCE = 65_536
 class TensorSource:
     """A source of activations from tensors in memory: [R, D] rows without an order, or [N, S, D] contexts, for every site alike."""
 
+    competes = True  # rows are gathered by all threads
+
     def __init__(self, tensors: Mapping[str, Tensor], *, skip: int = 0):
         """`skip` positions at the start of every context are left out of batches. Raises UserError for no tensors, or tensors
         that differ in the number of tokens."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from saebench.kernels import encode_topk
+from saebench.codes import SparseCodes
+from saebench.kernels import decode_error, encode_topk
 
 if TYPE_CHECKING:
     from saebench.dictionaries.sae import Weights
@@ -22,9 +23,12 @@ if TYPE_CHECKING:
 NEVER = -1e30  # a bias below which nothing is selected; finite, as 0 times it must be 0
 
 
+MOST_AUX = 32  # of k_aux by default: more entries cost a step several times its time and bring nothing (benchmarks/NOTES.md)
+
+
 def default_k_aux(d_in: int) -> int:
-    """The power of two nearest to half the input width."""
-    return 2 ** max(0, round(math.log2(d_in / 2)))
+    """The power of two nearest to half the input width, as published, and 32 at most."""
+    return min(MOST_AUX, 2 ** max(0, round(math.log2(d_in / 2))))
 
 
 def auxk_loss(
@@ -50,8 +54,14 @@ def auxk_loss(
     if len(latents_M) == 0:
         return x_BD.new_zeros(())
     codes = encode_topk(x_BD, weights.W_enc_FD, b_enc_F, b_in_D, k_aux, weights.norm_F, latents_M)
-    share = missed_share(weights.decode(codes), -error_BD.detach())
+    share = missed_share(missed_squares(weights.unscaled(codes), weights.W_dec_FD, error_BD), error_BD)
     return share if most_dead is None else torch.where(dead_F.any(), share, 0.0)
+
+
+def missed_squares(codes: SparseCodes, W_dec_FD: Tensor, error_BD: Tensor) -> Tensor:
+    """||e - e_hat||^2 of each token, [B], where e_hat decodes the codes without a bias and `error_BD` is -e, taken as constant."""
+    nothing_D = torch.zeros_like(error_BD[0])
+    return decode_error(codes.replaced(-codes.values), W_dec_FD, nothing_D, error_BD.detach())[1]
 
 
 def _dead_first(dead_F: Tensor, count: int) -> Tensor:
@@ -59,9 +69,10 @@ def _dead_first(dead_F: Tensor, count: int) -> Tensor:
     return torch.sort(dead_F.to(torch.uint8), descending=True, stable=True).indices[:count].sort().values
 
 
-def missed_share(e_hat_BD: Tensor, residual_BD: Tensor) -> Tensor:
-    """||e - e_hat||^2 / ||e - mean(e)||^2 over the batch; 0 where the residual has no spread."""
-    missed = (e_hat_BD - residual_BD).square().mean()
-    spread = (residual_BD - residual_BD.mean(0)).square().mean()
+def missed_share(missed_B: Tensor, error_BD: Tensor) -> Tensor:
+    """||e - e_hat||^2 / ||e - mean(e)||^2 over the batch, the former by token and `error_BD` -e; 0 where the residual has no spread."""
+    error_BD = error_BD.detach()
+    missed = missed_B.mean() / error_BD.shape[1]
+    spread = (error_BD - error_BD.mean(0)).square_().mean()
     defined = spread > 0  # one token alone has no spread: the term is left out, gradient included
     return torch.where(defined, missed / torch.where(defined, spread, 1.0), 0.0)

@@ -230,13 +230,13 @@ class CrossLayerTranscoder(Dictionary):
         parts = {"reconstruction": squared_error_B.mean() / scale, **fit.parts}
         total = fit.loss / scale
         if self.config.aux_coefficient:
-            aux = self.auxk(batch.x, -fit.error_BW.detach(), weights, batch.dead_F)
+            aux = self.auxk(batch.x, fit.error_BW.detach(), weights, batch.dead_F)
             total = total + self.config.aux_coefficient * aux
             parts["auxk"] = aux.detach()
         codes = SparseCodes.side_by_side([code.detach() for code in fit.codes])
         return Losses(total, parts, codes, squared_error_B, batch.y)
 
-    def auxk(self, x_BW: Tensor, residual_BW: Tensor, weights: Sequence[Weights], dead_F: Tensor) -> Tensor:
+    def auxk(self, x_BW: Tensor, error_BW: Tensor, weights: Sequence[Weights], dead_F: Tensor) -> Tensor:
         """The share of the residual of all targets that the strongest dead latents, k_aux of each layer, miss together."""
         if not dead_F.any():
             return x_BW.new_zeros(())
@@ -248,7 +248,7 @@ class CrossLayerTranscoder(Dictionary):
                 written.append(layer.decode(codes))
             else:
                 written.append(x_BD.new_zeros(len(x_BD), layer.W_dec_FD.shape[1]))
-        return missed_share(self.join(written), residual_BW)
+        return missed_share((self.join(written) + error_BW).square().sum(1), error_BW)
 
     def unit_rows(self) -> Sequence[Tensor]:
         return tuple(self.W_dec) if self.config.decoder == "unit" else ()

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from saebench.codes import SparseCodes
-from saebench.dictionaries.auxk import default_k_aux, missed_share
+from saebench.dictionaries.auxk import default_k_aux, missed_share, missed_squares
 from saebench.dictionaries.base import Dictionary, DictionaryConfig, Losses, TrainingBatch, register
 from saebench.dictionaries.geometry import random_directions, random_unit_rows, scale_to_unit
 from saebench.dictionaries.scaling import Scaling
@@ -307,7 +307,7 @@ class LorsaDictionary(Dictionary):
         if self.config.aux_coefficient and batch.dead_F.any():
             k_aux = self.config.k_aux or default_k_aux(y_BD.shape[1])
             spare = self._select(batch.x, SKIP, batch.dead_F, k_aux)
-            aux = missed_share(sparse_decode(spare, self.W_dec), -error_BD.detach())
+            aux = missed_share(missed_squares(spare, self.W_dec, error_BD), error_BD)
             total = total + self.config.aux_coefficient * aux
             parts["auxk"] = aux.detach()
         return Losses(total, parts, codes, error_BD.detach().square().sum(1), y_BD)

@@ -1,3 +1,7 @@
+import threading
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from helpers import SITES
@@ -10,7 +14,7 @@ from saebench.errors import UserError
 class Numbered:
     """A source whose every activation tells its context and position."""
 
-    skip, ordered = 1, True
+    skip, ordered, competes = 1, True, False
 
     def __init__(self, num_contexts=23, context_size=7, bad=None):
         self.num_contexts, self.context_size, self.widths = num_contexts, context_size, {"a": 2}
@@ -88,6 +92,38 @@ def test_nothing_is_read_beyond_the_end(end, position):
     batches.close()
     first, last = (batches._place(token)[0] for token in (7 * position, 7 * end - 1))
     assert source.reads == last - first + 1
+
+
+def test_a_source_that_competes_is_read_when_it_is_needed_by_the_thread_that_needs_it():
+    class Competing(Counting):
+        competes = True
+
+        def fetch(self, contexts_N, sites, out=None):
+            assert threading.current_thread() is threading.main_thread()
+            return super().fetch(contexts_N, sites, out)
+
+    source = Competing()
+    batches = Batches(source, ["a"], 7, seed=3)
+    plain = Batches(Numbered(), ["a"], 7, seed=3)
+    for number in range(30):
+        assert torch.equal(next(batches)["a"], next(plain)["a"])
+        assert source.reads == batches._place(7 * number + 6)[0] + 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir() or torch.get_num_threads() == 1, reason="counts threads of Linux")
+def test_reading_ahead_raises_one_thread_and_no_team_of_them(monkeypatch):
+    class ByNumpy(Numbered):
+        def fetch(self, contexts_N, sites, out=None):
+            values = np.repeat(contexts_N.numpy().astype("float32"), 7 * 2).reshape(-1, 7, 2)
+            return {"a": Encoded(torch.from_numpy(values))}
+
+    monkeypatch.setattr("saebench.activations.batches.GROUP_TOKENS", 1 << 18)  # more than one of torch's threads takes
+    torch.ones(1 << 20).sum()  # so that the team of this thread is there
+    before = len(list(Path("/proc/self/task").iterdir()))
+    batches = Batches(ByNumpy(1 << 16), ["a"], 1 << 16)
+    rows(batches, 6)
+    assert len(list(Path("/proc/self/task").iterdir())) <= before + 1
+    batches.close()
 
 
 def test_ranks_share_an_epoch_without_overlap():

@@ -254,8 +254,8 @@ def test_auxk_is_that_of_dense_algebra():
     f = torch.cat([torch.zeros(20, 8).scatter(1, b.indices, b.values.clamp_min(0)) for b in best], 1)
     without_bias = clt.decode(SparseCodes.from_dense(f)) - clt.b_dec
     expected = (residual - without_bias).square().sum() / (residual - residual.mean(0)).square().sum()
-    torch.testing.assert_close(clt.auxk(batch.x, residual, clt.weights(), dead), expected)
-    assert float(clt.auxk(batch.x, residual, clt.weights(), dead & False)) == 0
+    torch.testing.assert_close(clt.auxk(batch.x, -residual, clt.weights(), dead), expected)
+    assert float(clt.auxk(batch.x, -residual, clt.weights(), dead & False)) == 0
 
 
 @pytest.mark.parametrize("rule", RULES)

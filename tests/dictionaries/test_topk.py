@@ -227,8 +227,8 @@ def test_wrong_configurations_name_the_key(settings, message):
         sb.TopK(**settings)
 
 
-def test_default_k_aux_is_the_nearest_power_of_two():
-    assert [default_k_aux(d) for d in (2, 256, 512, 768, 2304)] == [1, 128, 256, 512, 1024]
+def test_default_k_aux_is_the_nearest_power_of_two_up_to_32():
+    assert [default_k_aux(d) for d in (2, 20, 24, 64, 256, 2304)] == [1, 8, 16, 32, 32, 32]
 
 
 @pytest.mark.parametrize("rule", [sb.TopK, sb.BatchTopK, sb.Matryoshka, sb.OrtSAE])

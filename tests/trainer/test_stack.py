@@ -38,7 +38,7 @@ SWEEPS = {
 class Planted:
     """A source of activations in memory at two sites: sums of a few of 24 directions in 16 dimensions, and a turned copy."""
 
-    skip, ordered, identity = 1, True, "planted"
+    skip, ordered, competes, identity = 1, True, False, "planted"
 
     def __init__(self, num_contexts=40, context_size=33):
         generator = torch.Generator().manual_seed(11)

@@ -16,7 +16,7 @@ from saebench.trainer import loop as loop_module
 class Planted:
     """A source of activations in memory: sums of a few of 24 directions in 12 dimensions."""
 
-    skip, ordered = 1, True
+    skip, ordered, competes = 1, True, False
 
     def __init__(self, num_contexts=40, context_size=33, sites=("a",)):
         generator = torch.Generator().manual_seed(11)
