@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saebench.codes import SparseCodes
+from saebench.kernels.nearest_rows import nearest_rows
 
 FORMULAS_VERSION = 1
 NATS = ("ce_clean", "ce_spliced", "ce_zero", "ce_mean", "kl_spliced", "kl_zero", "kl_mean")
@@ -136,14 +137,13 @@ def recovered(ablated: float, spliced: float, clean: float) -> float:
 
 def max_decoder_cosine(W_dec_FD: Tensor, block: int = 2048) -> Tensor:
     """For every latent the largest cosine of its decoder row with another's: [F]."""
-    unit = W_dec_FD / W_dec_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    best = []
-    for start in range(0, len(unit), block):
-        cosines = unit[start : start + block] @ unit.T
-        rows = torch.arange(len(cosines))
-        cosines[rows, start + rows] = -torch.inf
-        best.append(cosines.amax(1))
-    return torch.cat(best)
+    unit_FD = W_dec_FD / W_dec_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    nearest_F, best_F = (found_F1[:, 0] for found_F1 in nearest_rows(unit_FD, 1))
+    for alone_M in (nearest_F < 0).nonzero()[:, 0].split(block):  # no cosine is positive
+        cosines_MF = unit_FD[alone_M] @ unit_FD.T
+        cosines_MF[torch.arange(len(alone_M)), alone_M] = -torch.inf
+        best_F[alone_M] = cosines_MF.amax(1)
+    return best_F
 
 
 def describe(figures: dict[str, Any]) -> str:

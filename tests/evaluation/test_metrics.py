@@ -106,4 +106,7 @@ def test_max_decoder_cosine_leaves_out_the_diagonal():
     W = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0.6, 0.8, 0, 0], [0, 0, 1, 0], [0, 0, 0.6, 0.8], [0, 0, 0, -1]])
     expected = torch.tensor([0.6, 0.8, 0.8, 0.6, 0.6, 0.0])
     torch.testing.assert_close(max_decoder_cosine(W * 3, block=4), expected)
+    generator = torch.Generator().manual_seed(0)
+    many = torch.nn.functional.normalize(torch.randn(2500, 24, generator=generator))  # enough for the compiled kernel
+    torch.testing.assert_close(max_decoder_cosine(2 * many), (many @ many.T).fill_diagonal_(-torch.inf).amax(1))
     torch.testing.assert_close(max_decoder_cosine(-torch.eye(2)[:1].repeat(1, 1).expand(1, 2).repeat(2, 1)), torch.ones(2))
