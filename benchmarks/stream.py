@@ -37,7 +37,7 @@ CONTESTANTS = {
 UNCOUNTED = 1  # turns at the beginning: buffers fill up, memory is allocated
 FAIR_TURN = (
     2 * 65_536
-)  # tokens: ours reads ahead groups of 65,536, and a shorter turn may have more or less than its share of reading
+)  # tokens: ours reads groups of 65,536 at once, and a shorter turn may have more or less than its share of reading
 HEAD = ("contestant", "tok/s", "(range)", "CPU s per M tokens", "start s", "peak MiB", "beyond torch", "FVU", "L0", "dead")
 AGAINST = {"ours": ("forward-read", "forward-plain", "forward-whole", "sae-lens", "sae-lens-hf")}
 AGAINST |= {name: ("forward-read", "forward-plain") for name in ("sae-lens", "sae-lens-hf")}

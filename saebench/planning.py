@@ -31,10 +31,8 @@ REPEATS = 5
 BATCHES = 4
 FEW_LATENTS = 4096
 REPORT_SECONDS = 2  # characteristic features and the report, whatever the size
-ENCODED, COMPARED = (
-    2,
-    3,
-)  # times: for the figures and for the report's examples; decoder rows for the figures, both matrices for the report
+ENCODED = 2  # times a token is: for the figures, and for the report
+COMPARED = 2  # times latents are: decoder rows, and both matrices for the report; less than the square of a few foretells
 
 
 def plan(pipeline: Pipeline) -> dict[str, Any]:
