@@ -285,7 +285,10 @@ def _latents(
 
 
 class _Term(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("order", "starts", "tokens", "values", "rows")]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("order", "starts", "tokens", "values", "rows")),
+        ("num", ctypes.c_int64),
+    ]
 
 
 def _terms(terms: Sequence[Term]) -> tuple[ctypes.Array, list[Tensor]]:
@@ -296,7 +299,7 @@ def _terms(terms: Sequence[Term]) -> tuple[ctypes.Array, list[Tensor]]:
         assert order.by_latent is not None
         positions_N, starts_F = order.by_latent
         tensors = [positions_N, starts_F, order.tokens_by_latent_N, term.codes.values.contiguous(), term.rows_BD.contiguous()]
-        made[number] = _Term(*(each.data_ptr() for each in tensors))
+        made[number] = _Term(*(each.data_ptr() for each in tensors), len(term.rows_BD))
         kept += tensors
     return made, kept
 

@@ -32,21 +32,23 @@ static inline int64_t safe_rank(int64_t k, double share) {
     return (int64_t)(expected + 4 * std::sqrt(expected * (1 - share)) + 4);
 }
 
+constexpr int ROWS_AHEAD = 3;  // rows of latents that are on their way from memory
+
 struct Contenders {
     int64_t k, room;
-    std::vector<float> limits, guesses;  // [B]; limits padded to whole tiles
-    std::vector<int32_t> sizes;          // [B]
+    Array<float> limits, guesses;  // [B]; limits padded to whole tiles
+    Array<int32_t> sizes;          // [B]
     Aligned<float> upper, middle;        // bound of a score, and the middle of both bounds [B, room]
     Aligned<int32_t> latents;            // [B, room]
     bool guessing;
 
     // What a thread needs.
     struct Own {
-        std::vector<float> lowers;  // of one token
+        Array<float> lowers;  // of one token
         // Of tokens that are settled together, each from `begin` on: latents whose scores are computed, and these; how many.
-        std::vector<int32_t> latents, begin, before, found;
-        std::vector<float> z, likely;
-        std::vector<int32_t> starts, places, tokens;  // by latent: where each begins, place in `z`, token
+        Array<int32_t> latents, begin, before, found;
+        Array<float> z, likely;
+        Array<int32_t> starts, places, tokens;  // by latent: where each begins, place in `z`, token
         std::vector<uint64_t> best;                   // of one token, best first
         int64_t computed = 0;
         double share = 0;  // of all latents that the token at hand has passed
@@ -101,13 +103,13 @@ struct Contenders {
         own.likely.resize(tokens);
         own.before.assign(tokens, 0);
         own.found.assign(tokens, 0);
-        for (int64_t t = 0; t < tokens; t++) {  // the scores of about k of each,
+        for (int64_t t = 0; t < tokens; t++) {  // the scores of those that may be better than what the k-th is likely to be,
             own.likely[t] = limits[first + t];
-            reached_by(upper.data + (first + t) * room, sizes[first + t], k, own.likely[t]);
+            reached_by(middle.data + (first + t) * room, sizes[first + t], k, own.likely[t]);
             choose(own, first + t, t, own.likely[t], INFINITY);
         }
         compute(own, problem, first, tokens);
-        for (int64_t t = 0; t < tokens; t++) {  // then of those that may be better than the worst of these
+        for (int64_t t = 0; t < tokens; t++) {  // then of the few that may be better than what it is
             float limit = limits[first + t];
             reached_by(own.z.data() + own.begin[t], own.found[t], k, limit);
             own.before[t] = own.found[t];
@@ -171,19 +173,31 @@ struct Contenders {
                 own.places[place] = (int32_t)i;
                 own.tokens[place] = (int32_t)(first + t);
             }
-        const auto w_row = [&](int64_t i) { return problem.w + own.latents[own.places[std::min(i, count - 1)]] * problem.width; };
-        for (int64_t i = 0; i < count; i += 4) {
-            const float *x[4], *w[4], *later[4];
-            float products[4];
-            for (int n = 0; n < 4; n++) {
-                x[n] = problem.x + own.tokens[std::min(i + n, count - 1)] * problem.width;
-                w[n] = w_row(i + n);
-                later[n] = w_row(i + 4 + n);
-            }
-            dots<4, false>(x, w, problem.width, products, later);
-            for (int64_t n = 0; n < std::min<int64_t>(4, count - i); n++) {
-                const int32_t place = own.places[i + n];
-                own.z[place] = problem.finished(products[n], own.latents[place]);
+        // Rows of latents are asked for once, and some time before they are needed.
+        const auto latent = [&](int64_t i) { return own.latents[own.places[i]]; };
+        const auto next = [&](int64_t i) {
+            const int64_t now = i;
+            while (i < count && latent(i) == latent(now)) i++;
+            return i;
+        };
+        int64_t ahead = 0;
+        for (int rows = 0; rows < ROWS_AHEAD && ahead < count; rows++) ahead = next(ahead);
+        for (int64_t i = 0; i < count;) {
+            const int64_t end = next(i);
+            const float *x[4], *w = problem.w + latent(i) * problem.width;
+            const float* later = ahead < count ? problem.w + latent(ahead) * problem.width : w;
+            if (ahead < count) ahead = next(ahead);
+            while (i < end) {
+                const int64_t some = std::min<int64_t>(4, end - i);
+                float products[4];
+                for (int64_t n = 0; n < some; n++) x[n] = problem.x + own.tokens[i + n] * problem.width;
+                switch (some) {
+                    case 1: dots<1, 1>(w, x, problem.width, products, &later); break;
+                    case 2: dots<2, 1>(w, x, problem.width, products, &later); break;
+                    case 3: dots<3, 1>(w, x, problem.width, products, &later); break;
+                    default: dots<4, 1>(w, x, problem.width, products, &later);
+                }
+                for (int64_t n = 0; n < some; n++, i++) own.z[own.places[i]] = problem.finished(products[n], own.latents[own.places[i]]);
             }
         }
         own.computed += count;

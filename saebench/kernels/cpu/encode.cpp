@@ -23,8 +23,8 @@ struct Above {
     // What passed the screen, for each token of a tile, until its scores are computed all at once.
     struct Own {
         int64_t most;
-        std::vector<int32_t> latents, counts;
-        std::vector<float> z;
+        Array<int32_t> latents, counts;
+        Array<float> z;
         std::vector<Found>& found;
         int64_t computed = 0;
         Own(Above& keep, int64_t most, int thread)
@@ -108,7 +108,7 @@ void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
 // off from them.
 template <class Screen>
 void first_pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Contenders& keep,
-                Contenders::Own& own, std::vector<float>& scores) {
+                Contenders::Own& own, Array<float>& scores) {
     const int64_t padded = block.padded(), token0 = tile * Screen::TOKENS;
     const int64_t rank = std::min(block.size, safe_rank(keep.k, (double)block.size / problem.num));
     float* best = tile_scores<Screen>(tokens, block, tile, scores);
@@ -141,7 +141,7 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
     {
         const Multiplying<Screen> multiplying;
         typename Keep::Own own(keep, most, omp_get_thread_num());
-        std::vector<float> scores;
+        Array<float> scores;
         for (int64_t first = 0; first < num_blocks && finite; first += blocks.size()) {
             const int64_t held = std::min<int64_t>(blocks.size(), num_blocks - first);
             bool good = true;
@@ -238,8 +238,8 @@ bool all_best(const Problem& problem, int64_t k, int bits, int threads, float* v
     std::vector<int64_t> again;
     if (!best(problem, k, bits, threads, true, values, indices, again, computed)) return false;
     if (again.empty()) return true;
-    std::vector<float> x_again(again.size() * problem.width), values_again(again.size() * k);
-    std::vector<int32_t> indices_again(again.size() * k);
+    Array<float> x_again(again.size() * problem.width), values_again(again.size() * k);
+    Array<int32_t> indices_again(again.size() * k);
     for (size_t i = 0; i < again.size(); i++) std::memcpy(&x_again[i * problem.width], problem.x + again[i] * problem.width, problem.width * sizeof(float));
     Problem rest = problem;
     rest.x = x_again.data();

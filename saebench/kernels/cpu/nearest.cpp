@@ -22,9 +22,9 @@ static inline bool before(const Entry& a, const Entry& b) {  // the total order 
 // best, and sooner by a guess from the blocks seen; where the guess was too high, which the end shows, the row is done again.
 struct Best {
     int64_t k, room;
-    std::vector<float> limits, guesses;
+    Array<float> limits, guesses;
     std::vector<Entry> entries;
-    std::vector<int32_t> sizes;
+    Array<int32_t> sizes;
 
     Best(int64_t tokens, int64_t k) : k(k), room(2 * k + 32), limits(tokens), guesses(tokens), entries(tokens * room), sizes(tokens) {}
     void guess(int64_t token, float value) {
@@ -81,7 +81,7 @@ struct Rows {
 // The pairs of a tile of tokens, whose places in the order begin at `first`, with a block whose places begin at `other`.
 template <class Screen>
 void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, int64_t first, int64_t other,
-          bool to_block, const int32_t* number, Best& keep, std::vector<int32_t>& places, std::vector<float>& z, std::vector<Found>& found,
+          bool to_block, const int32_t* number, Best& keep, Array<int32_t>& places, Array<float>& z, std::vector<Found>& found,
           int64_t& computed) {
     const int64_t token0 = tile * Screen::TOKENS, words = tokens.words;
     const int held = (int)std::min<int64_t>(Screen::TOKENS, problem.tokens - token0);
@@ -124,7 +124,7 @@ void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
 // The largest scores of a tile of tokens with the first block are written down, and a guess is read off from them.
 template <class Screen>
 void sample(const Problem& problem, const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, int64_t first,
-            const int32_t* number, Best& keep, std::vector<float>& scores, std::vector<int32_t>& places, std::vector<float>& z,
+            const int32_t* number, Best& keep, Array<float>& scores, Array<int32_t>& places, Array<float>& z,
             int64_t& computed) {
     const int64_t padded = block.padded(), token0 = tile * Screen::TOKENS;
     const int64_t rank = std::min(block.size, likely_rank(keep.k, (double)block.size / problem.num));
@@ -169,8 +169,8 @@ bool run(const Rows& all_rows, const float* zeros, int threads, Best& keep, int6
 #pragma omp parallel num_threads(threads) reduction(+ : total)
         {
             const Multiplying<Screen> multiplying;
-            std::vector<float> scores, z(most);
-            std::vector<int32_t> places(most);
+            Array<float> scores, z(most);
+            Array<int32_t> places(most);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t tile = 0; tile < tokens.tiles; tile++)
                 sample(problem, tokens, *blocks[0], tile, a * size, all_rows.number, keep, scores, places, z, total);
@@ -182,8 +182,8 @@ bool run(const Rows& all_rows, const float* zeros, int threads, Best& keep, int6
 #pragma omp parallel num_threads(threads) reduction(+ : total)
         {
             const Multiplying<Screen> multiplying;
-            std::vector<float> z(most);
-            std::vector<int32_t> places(Screen::TOKENS * most);
+            Array<float> z(most);
+            Array<int32_t> places(Screen::TOKENS * most);
             std::vector<Found>& own = found[omp_get_thread_num()];
 #pragma omp for schedule(dynamic, 1)
             for (int64_t b = std::max<int64_t>(a, 1); b < num_blocks; b++)

@@ -27,7 +27,7 @@ struct Problem {
         for (; i + 4 <= count; i += 4) {
             const float *of[4], *later[4];
             for (int64_t j = 0; j < 4; j++) of[j] = w + rows[i + j] * width, later[j] = w + rows[std::min(i + 4 + j, count - 1)] * width;
-            dots<4>(&x_row, of, width, z + i, later);
+            dots<4, 4>(x_row, of, width, z + i, later);
         }
         for (; i < count; i++) z[i] = dot(x_row, w + rows[i] * width, width);
         for (i = 0; i < count; i++) z[i] = finished(z[i], rows[i]);
@@ -55,7 +55,7 @@ struct Tokens {
     static constexpr int TILE = Screen::TOKENS, STEP = Screen::WORDS;
     int64_t words, tiles;
     Aligned<typename Screen::word> packed;  // [tile][word / STEP][token of the tile][STEP]
-    std::vector<float> unit, norm, missed;  // [B], padded to whole tiles
+    Array<float> unit, norm, missed;  // [B], padded to whole tiles
     bool finite = true;
 
     Tokens(const Problem& problem, int threads)
@@ -138,10 +138,10 @@ template <class Screen>
 struct Block {
     int64_t size = 0, most;
     Aligned<typename Screen::word> packed, flat;  // [panel][word][latent of the panel]; of one panel [latent][word]
-    std::vector<float> unit, bias, norm, missed, vague, limits;  // `vague`: how much the bias widens the bounds of a score
-    std::vector<int32_t> start, row;                             // what sums begin with; which row of the matrix
+    Array<float> unit, bias, norm, missed, vague, limits;  // `vague`: how much the bias widens the bounds of a score
+    Array<int32_t> start, row;                             // what sums begin with; which row of the matrix
     float longest = 0, worst = 0;              // the largest of norm and missed,
-    std::vector<float> longest_of, worst_of;   // of each panel
+    Array<float> longest_of, worst_of;   // of each panel
 
     Block(int64_t most, int64_t words)
         : most(most), packed(most * words), flat(PANEL * words), unit(most), bias(most), norm(most), missed(most),
@@ -253,7 +253,7 @@ static inline Floats score(typename Screen::sums c, float unit, const Block<Scre
 
 // Screened scores of a tile of tokens with a block, [TOKENS, block.padded()], and a row of room behind them, which is returned.
 template <class Screen>
-static inline float* tile_scores(const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, std::vector<float>& scores) {
+static inline float* tile_scores(const Tokens<Screen>& tokens, const Block<Screen>& block, int64_t tile, Array<float>& scores) {
     const int64_t padded = block.padded(), token0 = tile * Screen::TOKENS;
     scores.resize((Screen::TOKENS + 1) * padded);
     for (int64_t at = 0; at < block.size; at += PANEL) {

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 
 #include <omp.h>
 #include <unistd.h>
@@ -31,6 +33,22 @@ static inline int64_t second_level_cache() {
 #endif
     return 1 << 20;
 }
+
+// A vector of numbers that begins with a cache line: registers' worth of it that lie in two lines take twice as long to read.
+template <class T>
+struct OnLines {
+    typedef T value_type;
+    static constexpr std::align_val_t LINE{64};
+    OnLines() = default;
+    template <class Other>
+    OnLines(const OnLines<Other>&) {}
+    T* allocate(size_t count) { return (T*)operator new(count * sizeof(T), LINE); }
+    void deallocate(T* p, size_t) { operator delete(p, LINE); }
+    bool operator==(const OnLines&) const { return true; }
+    bool operator!=(const OnLines&) const { return false; }
+};
+template <class T>
+using Array = std::vector<T, OnLines<T>>;
 
 static inline Floats load(const float* p) {
     Floats v;
@@ -129,35 +147,34 @@ static inline bool reached_by(const float* values, int64_t n, int64_t rank, floa
     return true;
 }
 
-// Dot products of one vector with several rows, or (with ONE false) of as many vectors with a row each; rounded in the same way whatever
-// their number: all values that leave an encoder are made here. The rows `later` are asked for from memory.
-template <int COUNT, bool ONE = true>
-static inline void dots(const float* const* x, const float* const* rows, int64_t n, float* out, const float* const* later = nullptr) {
+// Dot products of one vector with several rows, rounded in the same way whatever their number: all values that leave an encoder are made
+// here. The rows `later` are asked for from memory.
+template <int COUNT, int LATER = 0>
+static inline void dots(const float* x, const float* const* rows, int64_t n, float* out, const float* const* later = nullptr) {
     Floats s[COUNT][4]{};
     int64_t p = 0;
     for (; p + 4 * LANES <= n; p += 4 * LANES)
 #pragma GCC unroll 4
         for (int part = 0; part < 4; part++) {
-            if (later)
 #pragma GCC unroll 4
-                for (int i = 0; i < COUNT; i++) __builtin_prefetch(later[i] + p + part * LANES);
+            for (int i = 0; i < LATER; i++) __builtin_prefetch(later[i] + p + part * LANES);
 #pragma GCC unroll 4
-            for (int i = 0; i < COUNT; i++) s[i][part] += load(x[ONE ? 0 : i] + p + part * LANES) * load(rows[i] + p + part * LANES);
+            for (int i = 0; i < COUNT; i++) s[i][part] += load(x + p + part * LANES) * load(rows[i] + p + part * LANES);
         }
     for (; p + LANES <= n; p += LANES)
 #pragma GCC unroll 4
-        for (int i = 0; i < COUNT; i++) s[i][0] += load(x[ONE ? 0 : i] + p) * load(rows[i] + p);
+        for (int i = 0; i < COUNT; i++) s[i][0] += load(x + p) * load(rows[i] + p);
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; i++) {
         float rest = 0;
-        for (int64_t q = p; q < n; q++) rest += x[ONE ? 0 : i][q] * rows[i][q];
+        for (int64_t q = p; q < n; q++) rest += x[q] * rows[i][q];
         out[i] = sum((s[i][0] + s[i][1]) + (s[i][2] + s[i][3])) + rest;
     }
 }
 
 static inline float dot(const float* a, const float* b, int64_t n) {
     float out;
-    dots<1>(&a, &b, n, &out);
+    dots<1>(a, &b, n, &out);
     return out;
 }
 

@@ -21,38 +21,67 @@ struct Entries {
     int64_t end(int64_t token) const { return offsets ? offsets[token + 1] : (token + 1) * k; }
 };
 
+// Weighted rows onto y, four at a time; those with weight 0 are left out.
+struct Gather {
+    float* y;
+    int64_t width;
+    float weights[4]{};
+    const float* rows[4]{};
+    int count = 0;
+    Gather(float* y, int64_t width) : y(y), width(width) {}
+    void add(float weight, const float* row) {
+        if (weight == 0.f) return;
+        weights[count] = weight;
+        rows[count++] = row;
+        if (count == 4) {
+            add_scaled4(y, weights, rows, width);
+            count = 0;
+        }
+    }
+    void finish() {
+        for (int i = 0; i < count; i++) add_scaled(y, weights[i], rows[i], width);
+        count = 0;
+    }
+};
+
 constexpr int STRIP_VECTORS = 4;
 constexpr int64_t STRIP = STRIP_VECTORS * LANES;  // columns whose sums stay in registers
 
 // Whether rows are asked for so often that it pays to copy strips of them, which leave half of that cache to others.
-bool in_strips(const Entries& entries, int64_t tokens, int64_t d_sae) {
-    return entries.end(tokens - 1) > 4 * d_sae && 2 * d_sae * STRIP * (int64_t)sizeof(float) <= second_level_cache();
+bool in_strips(int64_t entries, int64_t rows) {
+    return entries > 4 * rows && 2 * rows * STRIP * (int64_t)sizeof(float) <= second_level_cache();
 }
 
-// `count` <= STRIP columns of all rows of a matrix, the rest 0, in memory that a thread keeps from call to call: the system takes longer to
-// hand out fresh memory than a strip takes to fill.
+// Room for so many floats, which the calling thread keeps from call to call: the system takes longer to hand out fresh memory than it takes
+// to fill. One for each PURPOSE.
+enum Purpose { STRIPS, SUMS };
+template <Purpose PURPOSE>
+float* kept(int64_t count) {
+    static thread_local Array<float> memory;
+    if ((int64_t)memory.size() < count) memory.resize(count);
+    return memory.data();
+}
+
+// STRIP columns of some rows, one row after the other, the last ones 0 where there are fewer.
 struct Strip {
     float* rows;  // [num, STRIP]
     int64_t num, count = 0;
 
-    explicit Strip(int64_t num) : num(num) {
-        static thread_local std::vector<float> memory;
-        if ((int64_t)memory.size() < num * STRIP) memory.resize(num * STRIP);
-        rows = memory.data();
-    }
-    void copy(const float* from, int64_t width, int64_t column) {
+    explicit Strip(int64_t num) : rows(kept<STRIPS>(num * STRIP)), num(num) {}
+    // From a column on; `from` gives the i-th row of so many columns.
+    template <class From>
+    void copy(const From& from, int64_t width, int64_t column) {
         count = std::min(STRIP, width - column);
         if (count < STRIP) std::fill(rows, rows + num * STRIP, 0.f);
-        for (int64_t i = 0; i < num; i++) std::copy_n(from + i * width + column, count, rows + i * STRIP);
+        for (int64_t i = 0; i < num; i++) std::copy_n(from(i) + column, count, rows + i * STRIP);
     }
-
-    const float* row(const Entries& entries, int64_t e) const { return rows + entries.indices[e] * STRIP; }
-
-    // The rows of a token's entries, times values, onto sums, in the order of `add_rows`.
-    void decode(const Entries& entries, const float* values, int64_t token, Floats (&sums)[STRIP_VECTORS]) const {
+    // The rows of a token's entries, times values, onto sums, in the order of `add_rows`. Indices count from the `first` row on.
+    void decode(const Entries& entries, const float* values, int64_t token, Floats (&sums)[STRIP_VECTORS], int64_t first = 0) const {
+        const float* all_rows = rows + first * STRIP;
+        const auto row = [&](int64_t e) { return all_rows + entries.indices[e] * STRIP; };
         int64_t e = entries.begin(token);
         for (const int64_t end = entries.end(token); e + 4 <= end; e += 4) {
-            const float* of[4] = {row(entries, e), row(entries, e + 1), row(entries, e + 2), row(entries, e + 3)};
+            const float* of[4] = {row(e), row(e + 1), row(e + 2), row(e + 3)};
             const float* v = values + e;
 #pragma GCC unroll 4
             for (int n = 0; n < STRIP_VECTORS; n++) {
@@ -61,13 +90,13 @@ struct Strip {
             }
         }
         for (; e < entries.end(token); e++)
-            for (int n = 0; n < STRIP_VECTORS; n++) sums[n] += all(values[e]) * load(row(entries, e) + n * LANES);
+            for (int n = 0; n < STRIP_VECTORS; n++) sums[n] += all(values[e]) * load(row(e) + n * LANES);
     }
     // Onto `out` the products of `x` with the rows of a token's entries.
     void products(const Entries& entries, int64_t token, const Floats (&x)[STRIP_VECTORS], float* out) const {
         static_assert(STRIP_VECTORS == 4);
         const auto product = [&](int64_t e) {
-            const float* of = row(entries, e);
+            const float* of = rows + entries.indices[e] * STRIP;
             return (x[0] * load(of) + x[1] * load(of + LANES)) + (x[2] * load(of + 2 * LANES) + x[3] * load(of + 3 * LANES));
         };
         int64_t e = entries.begin(token);
