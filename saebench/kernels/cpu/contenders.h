@@ -7,7 +7,7 @@
 
 #include <functional>
 
-#include "scan.h"
+#include "exact.h"
 
 namespace {
 
@@ -32,8 +32,6 @@ static inline int64_t safe_rank(int64_t k, double share) {
     return (int64_t)(expected + 4 * std::sqrt(expected * (1 - share)) + 4);
 }
 
-constexpr int ROWS_AHEAD = 3;  // rows of latents that are on their way from memory
-
 struct Contenders {
     int64_t k, room;
     Array<float> limits, guesses;  // [B]; limits padded to whole tiles
@@ -48,11 +46,10 @@ struct Contenders {
         // Of tokens that are settled together, each from `begin` on: latents whose scores are computed, and these; how many.
         Array<int32_t> latents, begin, before, found;
         Array<float> z, likely;
-        Array<int32_t> starts, places, tokens;  // by latent: where each begins, place in `z`, token
         std::vector<uint64_t> best;                   // of one token, best first
-        int64_t computed = 0;
+        Exact exact;
         double share = 0;  // of all latents that the token at hand has passed
-        Own(const Contenders& keep, int64_t, int) : lowers(keep.room + LANES) {}
+        Own(const Contenders& keep, int) : lowers(keep.room + LANES) {}
     };
 
     // Many that pass at first are struck out later: with less room, scores would be computed to make some.
@@ -98,7 +95,7 @@ struct Contenders {
             strike(own, token);
             own.begin.push_back(own.begin.back() + sizes[token]);
         }
-        for (auto* each : {&own.latents, &own.places, &own.tokens}) each->resize(own.begin.back() + LANES);
+        own.latents.resize(own.begin.back() + LANES);
         own.z.resize(own.begin.back() + LANES);
         own.likely.resize(tokens);
         own.before.assign(tokens, 0);
@@ -160,47 +157,13 @@ struct Contenders {
         }
     }
 
-    // The scores of all that was chosen, latent by latent: rows of tokens stay in the cache, and those of latents come once.
+    // The scores of all that was chosen since the last time.
     void compute(Own& own, const Problem& problem, int64_t first, int64_t tokens) const {
-        own.starts.assign(problem.end() + 1, 0);
-        int64_t count = 0;
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t i = own.begin[t] + own.before[t]; i < own.begin[t] + own.found[t]; i++) own.starts[own.latents[i] + 1]++;
-        for (int64_t f = 0; f < problem.end(); f++) own.starts[f + 1] += own.starts[f];
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t i = own.begin[t] + own.before[t]; i < own.begin[t] + own.found[t]; i++, count++) {
-                const int32_t place = own.starts[own.latents[i]]++;
-                own.places[place] = (int32_t)i;
-                own.tokens[place] = (int32_t)(first + t);
-            }
-        // Rows of latents are asked for once, and some time before they are needed.
-        const auto latent = [&](int64_t i) { return own.latents[own.places[i]]; };
-        const auto next = [&](int64_t i) {
-            const int64_t now = i;
-            while (i < count && latent(i) == latent(now)) i++;
-            return i;
+        const auto chosen = [&](const auto& use) {
+            for (int64_t t = 0; t < tokens; t++)
+                for (int64_t i = own.begin[t] + own.before[t]; i < own.begin[t] + own.found[t]; i++) use(i, first + t, own.latents[i]);
         };
-        int64_t ahead = 0;
-        for (int rows = 0; rows < ROWS_AHEAD && ahead < count; rows++) ahead = next(ahead);
-        for (int64_t i = 0; i < count;) {
-            const int64_t end = next(i);
-            const float *x[4], *w = problem.w + latent(i) * problem.width;
-            const float* later = ahead < count ? problem.w + latent(ahead) * problem.width : w;
-            if (ahead < count) ahead = next(ahead);
-            while (i < end) {
-                const int64_t some = std::min<int64_t>(4, end - i);
-                float products[4];
-                for (int64_t n = 0; n < some; n++) x[n] = problem.x + own.tokens[i + n] * problem.width;
-                switch (some) {
-                    case 1: dots<1, 1>(w, x, problem.width, products, &later); break;
-                    case 2: dots<2, 1>(w, x, problem.width, products, &later); break;
-                    case 3: dots<3, 1>(w, x, problem.width, products, &later); break;
-                    default: dots<4, 1>(w, x, problem.width, products, &later);
-                }
-                for (int64_t n = 0; n < some; n++, i++) own.z[own.places[i]] = problem.finished(products[n], own.latents[own.places[i]]);
-            }
-        }
-        own.computed += count;
+        own.exact.compute(problem, chosen, own.z.data());
     }
 
     void make_room(Own& own, const Problem& problem, int64_t token) {

@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t ROOM_BYTES = 32 << 20;  // for what contends in all tokens that are at work
 constexpr int GROUP_TOKENS = 96;          // at least, of what one thread takes at a time
+constexpr int64_t MOST_WAITING = 1 << 17;  // scores that one thread computes together
 
 // All entries above a threshold of each latent, as each thread finds them.
 struct Above {
@@ -20,15 +21,14 @@ struct Above {
         int32_t token, latent;
         float value;
     };
-    // What passed the screen, for each token of a tile, until its scores are computed all at once.
+    // What passed the screen, until there is enough to compute scores latent by latent.
     struct Own {
-        int64_t most;
-        Array<int32_t> latents, counts;
+        int64_t count = 0;
+        Array<int32_t> tokens, latents;
         Array<float> z;
+        Exact exact;
         std::vector<Found>& found;
-        int64_t computed = 0;
-        Own(Above& keep, int64_t most, int thread)
-            : most(most + LANES), latents(MOST_TOKENS * this->most), counts(MOST_TOKENS), z(this->most), found(keep.found[thread]) {}
+        Own(Above& keep, int thread) : tokens(LANES), latents(LANES), found(keep.found[thread]) {}
     };
     const float* threshold;  // [F]
     std::vector<std::vector<Found>> found;
@@ -40,19 +40,23 @@ struct Above {
     template <class Screen>
     Floats limit(const Block<Screen>& block, int64_t j) const { return load(block.limits.data() + j); }
     void add(Own& own, const Problem&, int64_t token, uint32_t bits, Floats, Floats, Ints numbers) {
-        const int64_t i = token % MOST_TOKENS;
-        compress(own.latents.data() + i * own.most + own.counts[i], numbers, bits);
-        own.counts[i] += __builtin_popcount(bits);
+        if (own.count + LANES > (int64_t)own.latents.size())
+            for (auto* each : {&own.tokens, &own.latents}) each->resize(2 * own.count + LANES);
+        store(own.tokens.data() + own.count, all((int32_t)token));
+        compress(own.latents.data() + own.count, numbers, bits);
+        own.count += __builtin_popcount(bits);
     }
-    // A token has passed over a block.
-    void close(Own& own, const Problem& problem, int64_t token) {
-        const int64_t i = token % MOST_TOKENS, count = own.counts[i];
-        const int32_t* of = own.latents.data() + i * own.most;
-        problem.scores(token, of, count, own.z.data());
-        for (int64_t j = 0; j < count; j++)
-            if (own.z[j] > threshold[of[j]]) own.found.push_back({(int32_t)token, of[j], own.z[j]});
-        own.counts[i] = 0;
-        own.computed += count;
+    // Scores are computed where there are more than so many to compute.
+    void close(Own& own, const Problem& problem, int64_t few) {
+        if (own.count <= few) return;
+        own.z.resize(own.count);
+        const auto passed = [&](const auto& use) {
+            for (int64_t i = 0; i < own.count; i++) use(i, own.tokens[i], own.latents[i]);
+        };
+        own.exact.compute(problem, passed, own.z.data());
+        for (int64_t i = 0; i < own.count; i++)
+            if (own.z[i] > threshold[own.latents[i]]) own.found.push_back({own.tokens[i], own.latents[i], own.z[i]});
+        own.count = 0;
     }
 };
 
@@ -101,7 +105,7 @@ void pass(const Problem& problem, const Tokens<Screen>& tokens, const Block<Scre
                     take(problem, tokens, block, token0 + i, j, score<Screen>(c[i][half], unit[i], block, j), keep, own);
         }
     }
-    for (int i = 0; i < rows; i++) keep.close(own, problem, token0 + i);
+    keep.close(own, problem, MOST_WAITING);
 }
 
 // The first block, for `Contenders`: nothing is known of a token yet, so scores are written down, and what is likely to be enough is read
@@ -140,7 +144,7 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
 #pragma omp parallel num_threads(threads) reduction(+ : count)
     {
         const Multiplying<Screen> multiplying;
-        typename Keep::Own own(keep, most, omp_get_thread_num());
+        typename Keep::Own own(keep, omp_get_thread_num());
         Array<float> scores;
         for (int64_t first = 0; first < num_blocks && finite; first += blocks.size()) {
             const int64_t held = std::min<int64_t>(blocks.size(), num_blocks - first);
@@ -177,9 +181,10 @@ bool run(const Problem& problem, int threads, Keep& keep, const float* threshold
                         if (keep.guessing && done > 1 && (done & (done - 1)) == 0)
                             for (int64_t token = group * Screen::TOKENS; token < std::min(problem.tokens, end * Screen::TOKENS); token++)
                                 keep.look_back(token, own.share);
+                    if (i + 1 == held) keep.close(own, problem, 0);
                 }
         }
-        count += own.computed;
+        count += own.exact.computed;
     }
     computed += count;
     return finite;
@@ -216,7 +221,7 @@ bool best(const Problem& problem, int64_t k, int bits, int threads, bool guessin
     int64_t settled = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : settled)
     {
-        Contenders::Own own(keep, 0, 0);
+        Contenders::Own own(keep, 0);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t first = 0; first < problem.tokens; first += at_once)
             keep.settle(own, problem, first, std::min(first + at_once, problem.tokens), [&](int64_t token, int64_t count) {
@@ -225,7 +230,7 @@ bool best(const Problem& problem, int64_t k, int bits, int threads, bool guessin
                     indices[token * k + j] = j < count ? latent_of(own.best[j]) : (int32_t)problem.row(0);
                 }
             });
-        settled += own.computed;
+        settled += own.exact.computed;
     }
     computed += settled;
     for (int64_t token = 0; token < problem.tokens; token++)

@@ -60,6 +60,7 @@ static inline Ints load(const int32_t* p) {
     std::memcpy(&v, p, sizeof v);
     return v;
 }
+static inline void store(int32_t* p, Ints v) { std::memcpy(p, &v, sizeof v); }
 static inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 static inline Floats all(float x) { return x - Floats{}; }
 static inline Ints all(int32_t x) { return x - Ints{}; }
