@@ -285,6 +285,33 @@ def test_update_is_torchs_adam_on_the_summed_gradient(kind, unit, kernels):
         torch.testing.assert_close(ours.norm(dim=1), torch.ones(211), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("unit", [False, True])
+@pytest.mark.parametrize("width", [64, 150])
+def test_gradients_in_strips_are_those_of_other_kernels(unit, width):
+    tokens, d_sae = 300, 40  # each latent is asked for often
+    x, error, dense, own = (draw(*shape, seed=seed) for seed, shape in enumerate([(tokens, width)] * 2 + [(d_sae, width), (d_sae,)]))
+    codes = [codes_like(kind, tokens, d_sae) for kind in ("fixed", "ragged", "fixed")]
+    terms = tuple(Term(code, rows) for code, rows in zip(codes, (x, error, x), strict=True))
+    assert sum(term.codes.values.numel() for term in terms) > 4 * 2 * tokens
+    found = []
+    for kernels, threads in ((stock, 2), (cpu, 1), (cpu, 2), (cpu, 3)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            W, m, v = draw(d_sae, width, seed=9), torch.zeros(d_sae, width), torch.zeros(d_sae, width)
+            for step in (1, 2):
+                gradient = Gradient(terms, dense if step == 1 else None, own)
+                square = kernels.gradient_square(W, gradient, unit)
+                kernels.update(W, m, v, gradient, unit, AdamRule(1e-2, (0.9, 0.99), 1e-3, step), torch.tensor(0.5))
+            found.append((W, m, v, torch.as_tensor(square).float()))
+        finally:
+            torch.set_num_threads(before)
+    for ours, other in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-4)
+    for again in found[2:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[1], again, strict=True))
+
+
 def outputs_and_gradients(implementation, kind):
     x, W, b = draw(60, 24), draw(400, 24, seed=1), 0.1 * draw(400, seed=2)
     b_in, W_dec, y = 0.2 * draw(24, seed=3), draw(400, 30, seed=4), draw(60, 30, seed=5)

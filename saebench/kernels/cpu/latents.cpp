@@ -1,8 +1,6 @@
 // Gradients of matrices of latent rows, summed where they are used, and Adam's step with them (methods.md K3, K12).
 //
 // A sum has the order of a latent's entries, which is that of the tokens, so it comes out the same with any number of threads.
-#include <memory>
-
 #include "strips.h"
 
 // One part of a gradient that is not summed yet (primitives.py: Term).
@@ -47,7 +45,7 @@ struct Gradient {
 struct InStrips {
     const Gradient& gradient;
     std::vector<std::vector<int64_t>> starts;  // of each term
-    std::vector<Array<float>> values;    // of each term, by latent
+    std::vector<Array<float>> values;          // of each term, by latent
     std::vector<int64_t> first;                // of each term: where its rows begin among all
     std::vector<const float*> rows;            // all rows that are asked for
     int64_t entries = 0;
@@ -55,9 +53,10 @@ struct InStrips {
     explicit InStrips(const Gradient& gradient) : gradient(gradient) {
         for (int32_t i = 0; i < gradient.num_terms; i++) {
             const Term& term = gradient.terms[i];
-            const auto known = std::find(rows.begin(), rows.end(), term.rows);
-            first.push_back(known - rows.begin());
-            if (known == rows.end())
+            int32_t same = 0;
+            while (same < i && (gradient.terms[same].rows != term.rows || gradient.terms[same].num != term.num)) same++;
+            first.push_back(same < i ? first[same] : (int64_t)rows.size());
+            if (same == i)
                 for (int64_t t = 0; t < term.num; t++) rows.push_back(term.rows + t * gradient.width);
             entries += term.starts[gradient.d_sae];
         }
@@ -167,28 +166,29 @@ void step_by_rows(const Gradient& gradient, const Rows& rows, int threads) {
 
 constexpr int64_t GROUP_BYTES = 8 << 20;  // of gradients that are summed in strips before their rows take a step
 
-void step_in_strips(InStrips& columns, const Rows& rows, int threads) {
-    const Gradient& gradient = columns.gradient;
+// Sums of a group of latents, strip by strip, and then the steps of their rows.
+void step_in_strips(InStrips& parts_of, const Rows& rows, int threads) {
+    const Gradient& gradient = parts_of.gradient;
     const int64_t width = gradient.width, d_sae = gradient.d_sae;
     const int64_t group = std::min(d_sae, std::max<int64_t>(64, GROUP_BYTES / (width * (int64_t)sizeof(float))));
     const int64_t strips = (width + STRIP - 1) / STRIP;
     const int64_t parts = std::max<int64_t>(2, 2 * threads / strips);  // of a group, so that all threads have work
     float* const sums = kept<SUMS>(strips * group * STRIP);            // [strip, latent, STRIP]
-    columns.order();
+    parts_of.order();
 #pragma omp parallel num_threads(threads)
     {
         Array<float> g(width);
-        Strip strip(columns.rows.size());
+        Strip strip(parts_of.rows.size());
         int64_t held = -1;  // the number of the strip at hand
         for (int64_t first = 0; first < d_sae; first += group) {
             const int64_t some = std::min(group, d_sae - first);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t part = 0; part < strips * parts; part++) {
                 const int64_t number = part / parts;
-                if (number != held) strip.copy([&](int64_t t) { return columns.rows[t]; }, width, number * STRIP), held = number;
+                if (number != held) strip.copy([&](int64_t t) { return parts_of.rows[t]; }, width, number * STRIP), held = number;
                 for (int64_t i = some * (part % parts) / parts; i < some * (part % parts + 1) / parts; i++) {
                     Floats found[STRIP_VECTORS];
-                    columns.sum(strip, first + i, found);
+                    parts_of.sum(strip, first + i, found);
                     for (int n = 0; n < STRIP_VECTORS; n++) store(sums + (number * group + i) * STRIP + n * LANES, found[n]);
                 }
             }
