@@ -289,7 +289,9 @@ def test_update_is_torchs_adam_on_the_summed_gradient(kind, unit, kernels):
 @pytest.mark.parametrize("width", [64, 150])
 def test_gradients_in_strips_are_those_of_other_kernels(unit, width):
     tokens, d_sae = 300, 40  # each latent is asked for often
-    x, error, dense, own = (draw(*shape, seed=seed) for seed, shape in enumerate([(tokens, width)] * 2 + [(d_sae, width), (d_sae,)]))
+    x, error, dense, own = (
+        draw(*shape, seed=seed) for seed, shape in enumerate([(tokens, width)] * 2 + [(d_sae, width), (d_sae,)])
+    )
     codes = [codes_like(kind, tokens, d_sae) for kind in ("fixed", "ragged", "fixed")]
     terms = tuple(Term(code, rows) for code, rows in zip(codes, (x, error, x), strict=True))
     assert sum(term.codes.values.numel() for term in terms) > 4 * 2 * tokens
