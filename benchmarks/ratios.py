@@ -33,17 +33,22 @@ def beyond_torch(found: dict, bare_mib: float) -> float:
     return found["peak_rss_mib"] - bare_mib
 
 
+def sums_ratio(above: dict, below: dict) -> float | None:
+    """The time of all rounds of one contestant over that of another; None where one of them failed."""
+    return None if above["error"] or below["error"] else sum(above["seconds"]) / sum(below["seconds"])
+
+
 def ratios(speed: dict[str, dict], base: str, bare_mib: float) -> dict[str, dict[str, Ratio | float | None]]:
-    """For every peer how many times as long it takes as `base` (`step`, `encode`, `decode`), and `memory`, that of `base` beyond bare
-    torch as a share of the peer's. Of a yardstick only `step`, and the other way round: base over yardstick."""
+    """For every peer how many times as long it takes as `base` (`step`, `rounds` together, `encode`, `decode`), and `memory`, that of
+    `base` beyond bare torch as a share of the peer's. Of a yardstick only the first two, and the other way round: base over yardstick."""
     found: dict[str, dict[str, Ratio | float | None]] = {}
     for name, peer in speed.items():
         if name == base or peer["error"] or speed[base]["error"]:
             continue
         if name in YARDSTICKS:
-            found[f"{base} over {name}"] = {"step": ratio(speed[base], peer)}
+            found[f"{base} over {name}"] = {"step": ratio(speed[base], peer), "rounds": sums_ratio(speed[base], peer)}
             continue
         times = {what: ratio(peer, speed[base], figure) for what, figure in TIMES.items()}
         share = beyond_torch(speed[base], bare_mib) / max(1.0, beyond_torch(peer, bare_mib))
-        found[f"{name} over {base}"] = {**times, "memory": share}
+        found[f"{name} over {base}"] = {**times, "rounds": sums_ratio(peer, speed[base]), "memory": share}
     return found

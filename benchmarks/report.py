@@ -30,13 +30,16 @@ def speed_table(speed: dict[str, dict], quality: dict[str, list[dict]], batch_si
     return format_table([*head, *(QUALITY_HEAD[key] for key in keys)], rows) + failures(speed)
 
 
-def ratio_tables(speed: dict[str, dict], bare_mib: float) -> dict[str, str]:
-    """How the others compare with each of ours that was measured, by its name."""
+def ratio_tables(speed: dict[str, dict], bare_mib: float, whole: bool = False) -> dict[str, str]:
+    """How the others compare with each of ours that was measured, by its name. With `whole`, rounds that are a whole training are
+    compared as such, too."""
+    heads = {"rounds": "whole training"} if whole else {}
+    heads = {"step": "step", **heads, **{what: what for what in TIMES}}
     made = {}
     for base in BASES:
         if base in speed and (found := ratios(speed, base, bare_mib)):
-            rows = [[name, *(_ratio_cell(row.get(what)) for what in (*TIMES, "memory"))] for name, row in found.items()]
-            made[base] = format_table(["time as a multiple", *TIMES, f"memory of {base} / peer's"], rows)
+            rows = [[name, *(_ratio_cell(row.get(what)) for what in (*heads, "memory"))] for name, row in found.items()]
+            made[base] = format_table(["time as a multiple", *heads.values(), f"memory of {base} / peer's"], rows)
     return made
 
 
@@ -132,9 +135,10 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
     result = json.loads(Path(sys.argv[1]).read_text())
+    whole = result["arguments"].get("whole", False)
     for architecture, shapes in result["speed"].items():
         for shape, speed in shapes.items():
-            for base, table in ratio_tables(speed, result["bare_torch_mib"]).items():
+            for base, table in ratio_tables(speed, result["bare_torch_mib"], whole).items():
                 print(f"## {architecture} at {shape} against {base}\n\n{table}\n")
 
 

@@ -3,6 +3,7 @@
     python -m benchmarks.train                                  # TopK: speed at A, B, C with quality beside it
     python -m benchmarks.train --architecture batchtopk,jumprelu,gated,matryoshka --shapes A
     python -m benchmarks.train --shapes A --peers ours,sparsify,matmul --rounds 3 --no-quality
+    python -m benchmarks.train --architecture gated --shapes A --whole --rounds 40 --burst 5    # a whole training in turns
     python -m benchmarks.train --quality --steps 2000 --seeds 3 --lr 4e-3
 
 README.md says how to read the tables. Nothing here imports torch: the workers do, each in its own process.
@@ -16,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that `python benchmarks/train.py` works too
 
 from benchmarks import report
-from benchmarks.measure import bare_torch_mib, measure_quality, measure_speed
+from benchmarks.measure import TOLD_STEPS, bare_torch_mib, measure_quality, measure_speed
 from benchmarks.options import (
     RESULTS,
     at_least,
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace, result: dict, stem: Path) -> None:
             table = report.speed_table(speeds[shape], beside, SHAPES[shape].batch_size, result["bare_torch_mib"])
             quality = f"; quality at {QUALITY_SHAPE} after {arguments.steps} steps" if beside else ""
             finish(table, f"Speed of {architecture} at {describe(shape)}{quality}")
-            for base, table in report.ratio_tables(speeds[shape], result["bare_torch_mib"]).items():
+            for base, table in report.ratio_tables(speeds[shape], result["bare_torch_mib"], arguments.whole).items():
                 finish(table, f"{architecture} at {shape} against {base}")
 
 
@@ -118,8 +119,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--told-steps",
         type=at_least(30),
-        default=2000,
-        help="length of a run that schedules are told; 30: latents die, AuxK runs",
+        help="length of a run that schedules are told, default 2000; 30: latents die, AuxK runs",
+    )
+    parser.add_argument(
+        "--whole", action="store_true", help="the rounds are a whole training: --told-steps is as many as they take"
     )
     parser.add_argument("--quality", action="store_true", help="quality only, at --shapes")
     parser.add_argument("--no-quality", dest="beside", action="store_false", help="speed only")
@@ -131,7 +134,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parsed.shapes = parsed.shapes or ([QUALITY_SHAPE] if parsed.quality else ["A", "B", "C"])
     if parsed.quality and not parsed.beside:
         parser.error("--quality and --no-quality leave nothing to measure")
-    if parsed.rounds * parsed.burst >= parsed.told_steps:
+    taken = 1 + parsed.rounds * parsed.burst  # one before the rounds
+    if parsed.whole and (parsed.quality or parsed.told_steps not in (None, taken)):
+        parser.error(f"--whole measures speed and tells schedules {taken} steps: leave out --quality and --told-steps")
+    parsed.told_steps = parsed.told_steps or (taken if parsed.whole else TOLD_STEPS)
+    if taken > parsed.told_steps:
         parser.error(f"{parsed.rounds} rounds of {parsed.burst} steps need more than {parsed.told_steps} --told-steps")
     return parsed
 

@@ -34,7 +34,7 @@ class LatentOrder:
     def tokens_by_latent_N(self) -> Tensor:
         """The tokens of the entries, latent by latent: int32."""
         assert self.by_latent is not None
-        return self.tokens_N.to(torch.int32)[self.by_latent[0]]
+        return self.tokens_N.to(torch.int32).index_select(0, self.by_latent[0])
 
 
 BLOCK_BYTES = 64 << 20

@@ -3,7 +3,7 @@ scale of its own how much, so that the L1 penalty on the gate does not shrink th
 
 Gate and magnitude share their directions, and a latent that the gate leaves out is 0 whatever its magnitude. So both exist at the
 entries where the gate is open, and one sparse encoder pass serves both: the gate's pre-activations there, from which the magnitudes
-follow.
+follow. All that is done as the decoder takes latents; only the penalty weighs them by the lengths of its rows.
 Shape suffixes: `B` tokens, `D` width, `F` d_sae, `N` entries of codes.
 """
 
@@ -20,6 +20,7 @@ from saebench.dictionaries.base import TrainingBatch, register
 from saebench.dictionaries.l0_control import L0Controller, SparsityRule, first_l1_coefficient, start_at_l0
 from saebench.dictionaries.sae import Fit, SparseAutoencoder, Weights
 from saebench.kernels import decode_error_beside, encode_above
+from saebench.kernels.latent_numbers import at_entries, latent_totals
 
 
 class Gated(SparsityRule):
@@ -54,35 +55,35 @@ class GatedDictionary(SparseAutoencoder):
         self.sparsity = L0Controller(config)
 
     def gate_and_values(self, x_BD: Tensor, weights: Weights) -> tuple[SparseCodes, SparseCodes]:
-        """g = p + b_enc and f at the entries where g > 0. An entry of f may be 0: its gate is open and its magnitude is not positive."""
-        b_gate_F, b_mag_F = weights.times_norm(weights.b_enc_F), weights.times_norm(self.b_mag)
-        # the encoder's pass holds the gate's bias constant: f = f(p) must not move it, and g gets it back with its gradient
+        """g = p + b_enc and f at the entries where g > 0, as the decoder takes them. An entry of f may be 0: its gate is open and its
+        magnitude is not positive."""
+        # the encoder's pass holds the gate's bias constant: f = f(p) must not move it, and g gets its gradient back
         b_held_F = weights.b_enc_F.detach()
-        open_gates = encode_above(x_BD, weights.W_enc_FD, b_held_F, self.b_in, 0.0, weights.norm_F)
-        at_N = open_gates.indices
-        p_N = open_gates.values - weights.times_norm(b_held_F).index_select(0, at_N)
-        f_N = (self.r_mag.exp().index_select(0, at_N) * p_N + b_mag_F.index_select(0, at_N)).relu()
-        g_N = p_N + b_gate_F.index_select(0, at_N)
-        return open_gates.replaced(g_N), open_gates.replaced(f_N)
+        open_gates = encode_above(x_BD, weights.W_enc_FD, b_held_F, self.b_in)
+        r_F = self.r_mag.exp()
+        f_N = at_entries(r_F, open_gates) * open_gates.values + at_entries(self.b_mag - r_F * b_held_F, open_gates)
+        g_N = open_gates.values + at_entries(weights.b_enc_F - b_held_F, open_gates)
+        return open_gates.replaced(g_N), open_gates.replaced(f_N.relu())
 
     def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
-        return self.gate_and_values(x_BD, weights)[1]
+        return weights.scaled(self.gate_and_values(x_BD, weights)[1])
 
     def objective(self, batch: TrainingBatch, weights: Weights) -> Fit:
-        """sum-MSE + coefficient * sum_i g_i + squared error of decoding g in place of f with a decoder held constant."""
+        """sum-MSE + coefficient * sum_i g_i ||d_i|| + squared error of decoding g in place of f with a decoder held constant."""
         gate, codes = self.gate_and_values(batch.x, weights)
         bypass_BD = self.bypass(weights, batch.x)
         left_BD = batch.y if bypass_BD is None else batch.y - bypass_BD
-        gate_values = weights.held().unscaled(gate).values
-        error_BD, squares_B, gate_B = decode_error_beside(
-            weights.unscaled(codes), gate_values, weights.W_dec_FD, self.b_dec, left_BD
-        )
+        gate_values = gate.values
+        if weights.norm_F is not None:  # what is held constant are directions: lengths of rows belong to g
+            gate_values = gate_values * at_entries(weights.norm_F / weights.norm_F.detach(), gate)
+        error_BD, squares_B, gate_B = decode_error_beside(codes, gate_values, weights.W_dec_FD, self.b_dec, left_BD)
         gate_loss = gate_B.mean()
         self.sparsity.observe(codes, batch)
         coefficient = self.sparsity.coefficient(batch)
-        loss = squares_B.mean() + coefficient * gate.values.sum() / len(gate) + gate_loss
+        penalty = weights.times_norm(latent_totals(gate)).sum() / len(gate)
+        loss = squares_B.mean() + coefficient * penalty + gate_loss
         parts = {"coefficient": coefficient, "gate": gate_loss.detach() / (batch.y.shape[1] * self.variance)}
-        return Fit(codes, error_BD, squares_B, loss, parts)
+        return Fit(weights.held().scaled(codes.detach()), error_BD, squares_B, loss, parts)
 
     def set_thresholds(self, x_BD: Tensor, y_BD: Tensor) -> None:
         self.b_mag.copy_(self.b_enc)

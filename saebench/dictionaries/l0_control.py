@@ -145,7 +145,7 @@ class L0Controller(nn.Module):
         if target is None or not self.training:
             return
         if isinstance(l0, SparseCodes):
-            l0 = (l0.values != 0).sum() / len(l0)
+            l0 = torch.count_nonzero(l0.values) / len(l0)
         gap = (l0.to(self.integral.dtype) / target).clamp_min(1e-3).log()
         self.first_gap.copy_(torch.where(self.first_gap.isinf(), gap, self.first_gap))
         glide = self.config.coefficient_warmup

@@ -30,6 +30,7 @@ from saebench.dictionaries.orthogonality import orthogonality_penalty
 from saebench.dictionaries.scaling import Scaling
 from saebench.errors import UserError
 from saebench.kernels import decode_error, sparse_decode
+from saebench.kernels.latent_numbers import at_entries
 from saebench.kernels.row_lengths import row_lengths
 
 
@@ -99,8 +100,11 @@ class Weights:
         """Codes as the decoder takes them."""
         if self.norm_F is None:
             return codes
-        norms = self.norm_F.index_select(0, codes.indices.reshape(-1)).reshape(codes.values.shape)
-        return codes.replaced(codes.values / norms)
+        return codes.replaced(codes.values / at_entries(self.norm_F, codes))
+
+    def scaled(self, codes: SparseCodes) -> SparseCodes:
+        """Codes in the units of the rules, from those that the decoder takes."""
+        return codes if self.norm_F is None else codes.replaced(codes.values * at_entries(self.norm_F, codes))
 
     def held(self) -> Weights:
         """The same without gradient."""
@@ -167,10 +171,9 @@ class SparseAutoencoder(Dictionary):
         """Encoder and decoder, and what makes latents be in units of what they write."""
         if self.config.decoder == "unit" or self.folded:
             return Weights(self.W_enc_FD, self.b_enc, self.W_dec)
-        if self.norms_cancel and len(self.config.blocks_out) == 1:
-            norm_F = row_lengths(self.W_dec)
-        else:
-            norm_F = block_norms(self.W_dec.detach() if self.norms_cancel else self.W_dec, self.config.blocks_out)
+        norm_F = block_norms(self.W_dec, self.config.blocks_out)
+        if self.norms_cancel:
+            norm_F = norm_F.detach()
         return Weights(self.W_enc_FD, self.b_enc, self.W_dec, norm_F.clamp_min(1e-8))
 
     # --- what a member of the family defines ---
@@ -346,5 +349,7 @@ class SparseAutoencoder(Dictionary):
 
 def block_norms(W_dec_FD: Tensor, widths: tuple[int, ...]) -> Tensor:
     """The length of every row, summed over the blocks of columns that belong to different sites: [F], float32 or better."""
+    if len(widths) == 1:
+        return row_lengths(W_dec_FD)
     dtype = torch.promote_types(W_dec_FD.dtype, torch.float32)
     return torch.stack([block.norm(dim=1, dtype=dtype) for block in W_dec_FD.split(list(widths), dim=1)]).sum(0)

@@ -69,7 +69,7 @@ class _DecodeError(torch.autograd.Function):
         else:
             error_BD = primitives.decode(codes, W_dec_FD, b_dec_D).sub_(y_BD)
             squares_B, dots = error_BD.square().sum(1), None
-        ctx.codes, ctx.terms = codes, collected_in(W_dec_FD)
+        ctx.codes, ctx.parts = codes, collected_in(W_dec_FD)
         ctx.save_for_backward(W_dec_FD, error_BD, dots)
         ctx.set_materialize_grads(False)
         return error_BD, squares_B
@@ -88,7 +88,7 @@ class _DecodeError(torch.autograd.Function):
             if need_values:
                 grad_values = dots * twice
             if need_W:
-                grad_W = hand_over(ctx.terms, codes.replaced(codes.values * twice), error_BD)
+                grad_W = hand_over(ctx.parts, codes.replaced(codes.values * twice), error_BD)
             if need_b:
                 grad_b = weighted_sum(twice_B, error_BD, ctx.stack)
             if need_y:
@@ -101,7 +101,7 @@ class _DecodeError(torch.autograd.Function):
         if need_values:
             grad_values = primitives_for(W_dec_FD).dots(codes, grad_BD, W_dec_FD)
         if need_W:
-            grad_W = hand_over(ctx.terms, codes, grad_BD)
+            grad_W = hand_over(ctx.parts, codes, grad_BD)
         if need_b:
             grad_b = grad_BD.sum(0) if ctx.stack is None else grad_BD.view(ctx.stack, -1, grad_BD.shape[1]).sum(1)
         if need_y:

@@ -19,6 +19,7 @@ from torch import Tensor
 from saebench.codes import SparseCodes
 from saebench.kernels.encode_above import encode_above
 from saebench.kernels.implementations import current_implementation
+from saebench.kernels.latent_numbers import at_entries, latent_totals
 
 
 def encode_jumprelu(
@@ -40,7 +41,7 @@ def encode_jumprelu(
         return _reference(x_BD, W_enc_FD, b_enc_F, b_in_D, threshold_F, eps, straight_through, scale_F)
     lowest_F = (threshold_F.detach() - eps / 2).clamp_min(0)
     scores = encode_above(x_BD, W_enc_FD, b_enc_F, b_in_D, lowest_F, scale_F)
-    values_N, counts_F = _Jump.apply(scores.values, threshold_F, scores.indices, eps, straight_through)
+    values_N, counts_F = _Jump.apply(scores.values, threshold_F, scores.detach(), eps, straight_through)
     return scores.replaced(values_N), counts_F
 
 
@@ -49,23 +50,24 @@ class _Jump(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z_N: Tensor, threshold_F: Tensor, latents_N: Tensor, eps: Tensor | float, straight_through: bool
+        ctx: Any, z_N: Tensor, threshold_F: Tensor, scores: SparseCodes, eps: Tensor | float, straight_through: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.eps, ctx.straight_through = eps, straight_through
-        ctx.save_for_backward(z_N, threshold_F, latents_N)
-        active_N = z_N > threshold_F[latents_N]
-        return z_N * active_N, torch.zeros_like(threshold_F).index_add_(0, latents_N, active_N.to(threshold_F.dtype))
+        ctx.scores, ctx.eps, ctx.straight_through = scores, eps, straight_through
+        theta_N = at_entries(threshold_F, scores)
+        active_N = (z_N > theta_N).to(threshold_F.dtype)
+        ctx.save_for_backward(z_N, theta_N, active_N)
+        return z_N * active_N, latent_totals(scores.replaced(active_N))
 
     @staticmethod
     def backward(ctx: Any, grad_f_N: Tensor, grad_counts_F: Tensor) -> tuple[Tensor | None, ...]:
-        z_N, threshold_F, latents_N = ctx.saved_tensors
-        theta_N = threshold_F[latents_N]
-        inside_N = (z_N - theta_N).abs() < ctx.eps / 2
-        window_N = inside_N * (theta_N * grad_f_N + grad_counts_F[latents_N]) / ctx.eps
-        grad_z_N = grad_f_N * (z_N > theta_N)
+        z_N, theta_N, active_N = ctx.saved_tensors
+        inside_N = (z_N - theta_N).abs_() < ctx.eps / 2
+        received_N = at_entries(grad_counts_F, ctx.scores).addcmul_(theta_N, grad_f_N)
+        window_N = received_N.mul_(inside_N).div_(ctx.eps)
+        grad_z_N = grad_f_N * active_N
         if ctx.straight_through:
-            grad_z_N = grad_z_N + window_N
-        return grad_z_N, torch.zeros_like(threshold_F).index_add_(0, latents_N, -window_N), None, None, None
+            grad_z_N += window_N
+        return grad_z_N, -latent_totals(ctx.scores.replaced(window_N)), None, None, None
 
 
 def _reference(

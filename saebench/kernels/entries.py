@@ -15,6 +15,7 @@ from torch import Tensor
 from saebench.codes import SparseCodes
 from saebench.kernels.implementations import primitives_for
 from saebench.kernels.latent_gradient import collected_in, hand_over
+from saebench.kernels.latent_numbers import at_entries, latent_totals
 from saebench.kernels.stacked import minus, stack_size, weighted_sum
 
 
@@ -54,7 +55,7 @@ class _Entries(torch.autograd.Function):
         codes: SparseCodes,
         centred_BD: Tensor | None,
     ) -> Tensor:
-        ctx.codes, ctx.terms, ctx.stack = codes, collected_in(W_enc_FD), stack_size(b_in_D)
+        ctx.codes, ctx.parts, ctx.stack = codes, collected_in(W_enc_FD), stack_size(b_in_D)
         ctx.save_for_backward(W_enc_FD, scale_F, centred(x_BD, b_in_D) if centred_BD is None else centred_BD)
         return codes.values.clone()
 
@@ -63,21 +64,19 @@ class _Entries(torch.autograd.Function):
         W_enc_FD, scale_F, centred_BD = ctx.saved_tensors
         codes: SparseCodes = ctx.codes
         need_x, need_W, need_b, need_b_in, need_scale = ctx.needs_input_grad[:5]
-        at_N = codes.indices.reshape(-1)
         grad_z = grad_values * (codes.values != 0)
         grad_scale = None
         if scale_F is not None:
-            scale = scale_F.index_select(0, at_N).reshape(grad_z.shape)
             if need_scale:
-                grad_scale = torch.zeros_like(scale_F).index_add_(0, at_N, (grad_z * codes.values / scale).reshape(-1))
-            grad_z = grad_z * scale
+                grad_scale = latent_totals(codes.replaced(grad_z * codes.values)) / scale_F.where(scale_F != 0, 1.0)
+            grad_z = grad_z * at_entries(scale_F, codes)
         gradient = codes.replaced(grad_z)
         grad_x = grad_W = grad_b = grad_b_in = None
         if need_x:
             grad_x = primitives_for(W_enc_FD).decode(gradient, W_enc_FD)
         if need_W:
-            grad_W = hand_over(ctx.terms, gradient, centred_BD)
+            grad_W = hand_over(ctx.parts, gradient, centred_BD)
         if need_b or need_b_in:
-            grad_b = grad_z.new_zeros(codes.d_sae).index_add_(0, at_N, grad_z.reshape(-1))
+            grad_b = latent_totals(gradient)
             grad_b_in = -weighted_sum(grad_b.to(W_enc_FD.dtype), W_enc_FD, ctx.stack) if need_b_in else None
         return grad_x, grad_W, grad_b, grad_b_in, grad_scale, None, None

@@ -128,6 +128,10 @@ class Fused(Primitives, Protocol):
         """sum of weights[b] * rows[b]: [D]."""
         ...
 
+    def totals(self, codes: SparseCodes) -> Tensor:
+        """The sum of each latent's values: [F]."""
+        ...
+
     def row_lengths(self, W_FD: Tensor) -> Tensor:
         """||W[f]|| for every row: [F]. Where this is offered, `update` takes `lengths_F` and leaves those of the new rows there, the same
         bits."""

@@ -7,11 +7,13 @@ new lengths with the parameter (`lengths_to_leave`). Every other change shows in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saebench.kernels.implementations import primitives_for
+from saebench.kernels.implementations import current_implementation, primitives_for
+from saebench.kernels.latent_gradient import collected_in, hand_over_own
 from saebench.kernels.primitives import Primitives
 
 _KEPT = "_saebench_lengths"
@@ -32,10 +34,36 @@ class _Kept:
 
 
 def row_lengths(W_FD: Tensor) -> Tensor:
-    """||W[f]|| for every row, without gradient: [F], float32 or better. Not to be changed in place."""
+    """||W[f]|| for every row, differentiable: [F], float32 or better. Not to be changed in place."""
+    if current_implementation() == "reference":
+        return _norms(W_FD)
+    return _Lengths.apply(W_FD, _lengths(W_FD)) if torch.is_grad_enabled() and W_FD.requires_grad else _lengths(W_FD)
+
+
+class _Lengths(torch.autograd.Function):
+    """Known lengths as a function of the matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, W_FD: Tensor, lengths_F: Tensor) -> Tensor:
+        ctx.parts = collected_in(W_FD)
+        ctx.save_for_backward(W_FD, lengths_F)
+        return lengths_F.clone()  # the next step's are left in the same memory
+
+    @staticmethod
+    def backward(ctx: Any, grad_F: Tensor) -> tuple[Tensor | None, None]:
+        W_FD, lengths_F = ctx.saved_tensors
+        own_F = torch.where(lengths_F > 0, grad_F / lengths_F, 0.0)  # a row of length 0 gets none, as from torch
+        return hand_over_own(ctx.parts, own_F, W_FD), None
+
+
+def _norms(W_FD: Tensor) -> Tensor:
+    return W_FD.norm(dim=1, dtype=torch.promote_types(W_FD.dtype, torch.float32))
+
+
+def _lengths(W_FD: Tensor) -> Tensor:
     measure = getattr(primitives_for(W_FD), "row_lengths", None)
     if measure is None:
-        return W_FD.detach().norm(dim=1, dtype=torch.promote_types(W_FD.dtype, torch.float32))
+        return _norms(W_FD.detach())
     kept: _Kept | None = getattr(W_FD, _KEPT, None)
     if kept is None:
         return measure(W_FD)

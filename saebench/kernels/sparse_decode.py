@@ -27,7 +27,7 @@ def sparse_decode(codes: SparseCodes, W_dec_FD: Tensor, b_dec_D: Tensor | None =
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec_FD: Tensor, b_dec_D: Tensor | None, codes: SparseCodes) -> Tensor:
-        ctx.codes, ctx.terms = codes.replaced(values.detach()), collected_in(W_dec_FD)
+        ctx.codes, ctx.parts = codes.replaced(values.detach()), collected_in(W_dec_FD)
         ctx.save_for_backward(W_dec_FD)
         return primitives_for(W_dec_FD).decode(ctx.codes, W_dec_FD, b_dec_D)
 
@@ -37,7 +37,7 @@ class _SparseDecode(torch.autograd.Function):
         codes: SparseCodes = ctx.codes
         grad_BD = grad_BD.contiguous()
         grad_values = gathered_dot(codes, grad_BD, W_dec_FD) if ctx.needs_input_grad[0] else None
-        grad_W = hand_over(ctx.terms, codes, grad_BD) if ctx.needs_input_grad[1] else None
+        grad_W = hand_over(ctx.parts, codes, grad_BD) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W, grad_BD.sum(0) if ctx.needs_input_grad[2] else None, None
 
 

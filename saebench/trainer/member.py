@@ -19,6 +19,7 @@ from saebench.activations.statistics import SiteStatistics
 from saebench.dictionaries import Dictionary, DictionaryConfig, Losses, Scaling, TrainingBatch
 from saebench.errors import UserError
 from saebench.kernels import current_implementation
+from saebench.kernels.latent_numbers import latent_firings
 from saebench.trainer.config import TrainConfig
 from saebench.trainer.optimiser import Adam, asking_waits
 
@@ -133,7 +134,7 @@ class Member:
             losses = self.dictionary.losses(batch)
             losses.total.backward()
         norm = self.take_step(step)
-        firings_F = losses.codes.firings()
+        firings_F = latent_firings(losses.codes)
         self.silent_F.add_(len(losses.codes)).masked_fill_(firings_F > 0, 0)
         self.add(figures(losses, norm, firings_F, self.mean_D), len(losses.codes))
         if self.training.resamples_after(step):

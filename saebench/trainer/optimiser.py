@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from saebench.dictionaries import Dictionary
 from saebench.kernels.implementations import primitives_for
-from saebench.kernels.latent_gradient import collect
-from saebench.kernels.primitives import AdamRule, Gradient, Primitives, Term
+from saebench.kernels.latent_gradient import Parts, collect
+from saebench.kernels.primitives import AdamRule, Gradient, Primitives
 from saebench.kernels.row_lengths import keep_lengths, lengths_to_leave
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -42,7 +42,7 @@ class _Matrix:
         self.copied = parameter._version  # which counts changes in place, by others than the kernels: those round themselves
         first = momentum if parameter.ndim > 1 and parameter.dtype == torch.float32 else parameter.dtype
         self.moments = [torch.zeros(parameter.shape, dtype=dtype, device=parameter.device) for dtype in (first, parameter.dtype)]
-        self.terms: list[Term] = collect(parameter) if parameter.ndim == 2 else []
+        self.parts = collect(parameter) if parameter.ndim == 2 else Parts()
         self.step = 0
         if self.copy is None:
             keep_lengths(parameter)
@@ -50,13 +50,12 @@ class _Matrix:
     @property
     def gradient(self) -> Gradient | None:
         """What the backward pass left; None where it did not come by."""
-        grad = self.parameter.grad
-        if grad is None and not self.terms:
+        grad, terms, own_F = self.parameter.grad, self.parts.terms, self.parts.own_F
+        if grad is None and not terms and own_F is None:
             return None
-        terms = self.terms
         if self.copy is not None:  # rows of tokens are gathered once for every latent active on them
             terms = [replace(term, rows_BD=term.rows_BD.to(self.copy.dtype)) for term in terms]
-        return Gradient(tuple(terms), None if grad is None else grad.reshape(self.rows.shape))
+        return Gradient(tuple(terms), None if grad is None else grad.reshape(self.rows.shape), own_F)
 
     def update(self, gradient: Gradient, rule: AdamRule, factor: Tensor) -> Tensor | None:
         """Take a step; perhaps returns the gradient's square."""
@@ -84,7 +83,7 @@ class _Matrix:
 
     def forget(self) -> None:
         self.parameter.grad = None
-        self.terms.clear()
+        self.parts.clear()
 
 
 class Adam:

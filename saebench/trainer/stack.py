@@ -19,6 +19,7 @@ from saebench.dictionaries.transcoder import TranscoderDictionary
 from saebench.errors import NotFinite
 from saebench.kernels import current_implementation
 from saebench.kernels.latent_gradient import collected_in
+from saebench.kernels.latent_numbers import latent_firings
 from saebench.kernels.stacked import unstacked
 from saebench.trainer.member import Member, figures, join
 from saebench.trainer.stacked_topk import StackedTopK
@@ -89,14 +90,12 @@ class Stack:
     def _hand_out_gradients(self) -> None:
         """To what members' own parameters have already, such as AuxK's, comes their part of the stack's."""
         num = len(self._each)
-        names = [name for name, terms in self.dictionary.terms.items() for _ in terms]
-        for name, parts in zip(
-            names, unstacked([t for terms in self.dictionary.terms.values() for t in terms], num), strict=True
-        ):
-            for member, term in zip(self._each, parts, strict=True):
-                terms = collected_in(getattr(member.dictionary, name))
-                assert terms is not None
-                terms.append(term)
+        found = [(name, term) for name, parts in self.dictionary.collected.items() for term in parts.terms]
+        for (name, _), terms in zip(found, unstacked([term for _, term in found], num), strict=True):
+            for member, term in zip(self._each, terms, strict=True):
+                own = collected_in(getattr(member.dictionary, name))
+                assert own is not None
+                own.terms.append(term)
         for name, stacked in self.dictionary.named_parameters():
             if stacked.grad is not None:
                 for member, part in zip(self._each, stacked.grad.chunk(num), strict=True):
@@ -107,7 +106,7 @@ class Stack:
     @torch.no_grad()
     def _count(self, losses: Losses, norm_n: Tensor) -> None:
         num, mean_n1D = len(self._each), self._mean_n1D
-        firings_nF = losses.codes.firings().view(num, -1)
+        firings_nF = latent_firings(losses.codes).view(num, -1)
         tokens = losses.squared_error_B.shape[1]
         self._silent_nF.add_(tokens).masked_fill_(firings_nF > 0, 0)
         if self._same_target:  # one row for all

@@ -16,8 +16,7 @@ from saebench.dictionaries.base import TrainingBatch
 from saebench.dictionaries.sae import Weights
 from saebench.dictionaries.topk import TopKDictionary
 from saebench.kernels import decode_error, encode_topk
-from saebench.kernels.latent_gradient import collect
-from saebench.kernels.primitives import Term
+from saebench.kernels.latent_gradient import Parts, collect
 
 
 class StackedTopK(TopKDictionary):
@@ -30,7 +29,7 @@ class StackedTopK(TopKDictionary):
         for name, parameter in parts[0].named_parameters():
             shape = (len(parts), *parameter.shape) if name == "b_dec" else (len(parts) * len(parameter), *parameter.shape[1:])
             setattr(self, name, nn.Parameter(parameter.new_empty(shape)))
-        self.terms: dict[str, list[Term]] = {name: collect(p) for name, p in self.named_parameters() if name.startswith("W_")}
+        self.collected: dict[str, Parts] = {name: collect(p) for name, p in self.named_parameters() if name.startswith("W_")}
         self.variance = torch.stack([part.variance for part in parts])
 
     def memory(self, number: int) -> dict[str, Tensor]:
@@ -43,7 +42,8 @@ class StackedTopK(TopKDictionary):
     def forget_gradients(self) -> None:
         for name, parameter in self.named_parameters():
             parameter.grad = None
-            self.terms.get(name, []).clear()
+            if name in self.collected:
+                self.collected[name].clear()
 
     def select(self, x_BD: Tensor, weights: Weights) -> SparseCodes:
         return encode_topk(x_BD, weights.W_enc_FD, weights.b_enc_F, self.b_in, self.ks, weights.norm_F)

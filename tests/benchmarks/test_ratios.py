@@ -41,7 +41,14 @@ def test_memory_is_beyond_bare_torch_and_yardsticks_are_divided_by():
     found = ratios(SPEED, "ours", BARE)
     assert list(found) == ["sae-lens over ours", "ours over matmul"]
     assert found["sae-lens over ours"]["memory"] == (300 - 200) / (700 - 200)
-    assert found["ours over matmul"] == {"step": Ratio(1.0, 0.8, 2.0)}
+    assert found["ours over matmul"] == {"step": Ratio(1.0, 0.8, 2.0), "rounds": 7.0 / 7.5}
+
+
+def test_rounds_of_a_whole_training_are_compared_as_sums():
+    assert ratios(SPEED, "ours", BARE)["sae-lens over ours"]["rounds"] == 66.0 / 7.0
+    whole, usual = (ratio_tables(SPEED, BARE, whole)["ours"] for whole in (True, False))
+    assert "whole training" in whole and "9.43" in whole
+    assert "whole training" not in usual and "9.43" not in usual
 
 
 def test_tables_show_failures_and_leave_out_what_is_not_there():

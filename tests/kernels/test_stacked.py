@@ -70,7 +70,7 @@ def test_codes_errors_and_gradients_are_those_of_each_dictionary(kernels, with_b
 def test_terms_of_a_stack_fall_apart_into_those_of_its_dictionaries(kernels):
     plain, x_nBD = parameters(1)
     W_enc = plain["W_enc"].flatten(0, 1).requires_grad_()
-    terms = collect(W_enc)
+    terms = collect(W_enc).terms
     with use_implementation(kernels):
         codes = encode_topk(x_nBD, W_enc, plain["b_enc"].flatten(), plain["b_dec"], KS)
         codes.values.square().sum().backward()

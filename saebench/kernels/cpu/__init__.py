@@ -195,6 +195,15 @@ def by_latent(indices_N: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     return order_N, starts_F
 
 
+def totals(codes: SparseCodes) -> Tensor:
+    by_latent = latent_order(codes).by_latent
+    assert by_latent is not None
+    out_F = torch.empty(codes.d_sae)
+    tensors = (*by_latent, codes.values.contiguous())
+    library().saebench_totals(*map(at, tensors), ctypes.c_int64(codes.d_sae), torch.get_num_threads(), at(out_F))
+    return out_F
+
+
 def sums(codes: SparseCodes, rows_BD: Tensor) -> Tensor:
     if codes.crowded(CROWDED):
         return stock.sums(codes, rows_BD)

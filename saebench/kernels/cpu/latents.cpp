@@ -72,10 +72,10 @@ struct InStrips {
             for (int64_t at = 0; at < starts[i].back(); at++) values[i][at] = term.values[term.order[at]];
         }
     }
-    void sum(const Strip& strip, int64_t f, Floats (&sums)[STRIP_VECTORS]) const {
-        for (Floats& each : sums) each = Floats{};
+    void sum(const Strip& strip, int64_t f, Floats (&sums)[1][STRIP_VECTORS]) const {
+        for (Floats& each : sums[0]) each = Floats{};
         for (int32_t i = 0; i < gradient.num_terms; i++)
-            strip.decode({gradient.terms[i].tokens, nullptr, starts[i].data(), 0}, values[i].data(), f, sums, first[i]);
+            strip.decode<1>({gradient.terms[i].tokens, nullptr, starts[i].data(), 0}, {values[i].data()}, f, sums, first[i]);
     }
 };
 
@@ -187,9 +187,9 @@ void step_in_strips(InStrips& parts_of, const Rows& rows, int threads) {
                 const int64_t number = part / parts;
                 if (number != held) strip.copy([&](int64_t t) { return parts_of.rows[t]; }, width, number * STRIP), held = number;
                 for (int64_t i = some * (part % parts) / parts; i < some * (part % parts + 1) / parts; i++) {
-                    Floats found[STRIP_VECTORS];
+                    Floats found[1][STRIP_VECTORS];
                     parts_of.sum(strip, first + i, found);
-                    for (int n = 0; n < STRIP_VECTORS; n++) store(sums + (number * group + i) * STRIP + n * LANES, found[n]);
+                    for (int n = 0; n < STRIP_VECTORS; n++) store(sums + (number * group + i) * STRIP + n * LANES, found[0][n]);
                 }
             }
 #pragma omp for schedule(dynamic, 32)

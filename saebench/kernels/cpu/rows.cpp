@@ -62,20 +62,22 @@ void errors_in_strips(const Entries& entries, const float* const (&values)[SUMS]
 #pragma omp parallel num_threads(threads)
     {
         Strip strip(d_sae);
-        Floats first[STRIP_VECTORS], sums[STRIP_VECTORS], wanted[STRIP_VECTORS];
+        Floats first[STRIP_VECTORS], sums[SUMS][STRIP_VECTORS], wanted[STRIP_VECTORS];
         const int64_t team = omp_get_num_threads(), own = omp_get_thread_num();
         for (int64_t column = 0; column < width; column += STRIP) {
             strip.copy([&](int64_t f) { return w + f * width; }, width, column);
             strip.read(bias + column, first);
             for (int64_t t = tokens * own / team; t < tokens * (own + 1) / team; t++) {
                 strip.read(y + t * width + column, wanted);
+                for (int n = 0; n < SUMS; n++)
+                    for (int v = 0; v < STRIP_VECTORS; v++) sums[n][v] = first[v] - wanted[v];
+                strip.decode<SUMS>(entries, values, t, sums);
+                strip.write(sums[0], error + t * width + column);
                 for (int n = 0; n < SUMS; n++) {
-                    for (int v = 0; v < STRIP_VECTORS; v++) sums[v] = first[v] - wanted[v];
-                    strip.decode(entries, values[n], t, sums);
-                    if (n == 0) strip.write(sums, error + t * width + column);
-                    squares[n * tokens + t] += sum((sums[0] * sums[0] + sums[1] * sums[1]) + (sums[2] * sums[2] + sums[3] * sums[3]));
-                    strip.products(entries, t, sums, out + n * last);
+                    const Floats(&s)[STRIP_VECTORS] = sums[n];
+                    squares[n * tokens + t] += sum((s[0] * s[0] + s[1] * s[1]) + (s[2] * s[2] + s[3] * s[3]));
                 }
+                strip.products<SUMS>(entries, t, sums, out, last);
             }
         }
     }
@@ -117,15 +119,15 @@ void saebench_decode(const int32_t* indices, const float* values, const int64_t*
 #pragma omp parallel num_threads(threads)
         {
             Strip strip(d_sae);
-            Floats first[STRIP_VECTORS], sums[STRIP_VECTORS];
+            Floats first[STRIP_VECTORS], sums[1][STRIP_VECTORS];
 #pragma omp for schedule(dynamic, 1)
             for (int64_t column = 0; column < width; column += STRIP) {
                 strip.copy([&](int64_t f) { return w + f * width; }, width, column);
                 strip.read(bias + column, first);
                 for (int64_t t = 0; t < tokens; t++) {
-                    std::copy(first, first + STRIP_VECTORS, sums);
-                    strip.decode(entries, values, t, sums);
-                    strip.write(sums, out + t * width + column);
+                    std::copy(first, first + STRIP_VECTORS, sums[0]);
+                    strip.decode<1>(entries, {values}, t, sums);
+                    strip.write(sums[0], out + t * width + column);
                 }
             }
         }
@@ -172,6 +174,20 @@ void saebench_weighted_sum(const float* weights, const float* rows, int64_t num,
     }
     std::memset(out, 0, width * sizeof(float));
     for (int64_t part = 0; part < PARTS; part++) add_scaled(out, 1.f, sums.data() + part * width, width);
+}
+
+// The sum of the values of each latent's entries: of every fourth, and then these, so that one addition need not wait for the last.
+void saebench_totals(const int32_t* order, const int32_t* starts, const float* values, int64_t d_sae, int threads, float* out) {
+#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
+    for (int64_t f = 0; f < d_sae; f++) {
+        float parts[4]{};
+        const int32_t end = starts[f + 1];
+        int32_t at = starts[f];
+        for (; at + 4 <= end; at += 4)
+            for (int i = 0; i < 4; i++) parts[i] += values[order[at + i]];
+        for (; at < end; at++) parts[0] += values[order[at]];
+        out[f] = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    }
 }
 
 // Stable counting sort of entries by latent: starts [F + 1], order [N].

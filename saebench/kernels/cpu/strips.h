@@ -75,33 +75,44 @@ struct Strip {
         if (count < STRIP) std::fill(rows, rows + num * STRIP, 0.f);
         for (int64_t i = 0; i < num; i++) std::copy_n(from(i) + column, count, rows + i * STRIP);
     }
-    // The rows of a token's entries, times values, onto sums, in the order of `add_rows`. Indices count from the `first` row on.
-    void decode(const Entries& entries, const float* values, int64_t token, Floats (&sums)[STRIP_VECTORS], int64_t first = 0) const {
+    // The rows of a token's entries, times each of some values, onto sums, in the order of `add_rows`. Indices count from the `first` row on.
+    template <int SUMS>
+    void decode(const Entries& entries, const float* const (&values)[SUMS], int64_t token, Floats (&sums)[SUMS][STRIP_VECTORS],
+                int64_t first = 0) const {
         const float* all_rows = rows + first * STRIP;
         const auto row = [&](int64_t e) { return all_rows + entries.indices[e] * STRIP; };
         int64_t e = entries.begin(token);
         for (const int64_t end = entries.end(token); e + 4 <= end; e += 4) {
             const float* of[4] = {row(e), row(e + 1), row(e + 2), row(e + 3)};
-            const float* v = values + e;
 #pragma GCC unroll 4
             for (int n = 0; n < STRIP_VECTORS; n++) {
-                const auto part = [&](int i) { return all(v[i]) * load(of[i] + n * LANES); };
-                sums[n] += (part(0) + part(1)) + (part(2) + part(3));
+                const Floats at[4] = {load(of[0] + n * LANES), load(of[1] + n * LANES), load(of[2] + n * LANES), load(of[3] + n * LANES)};
+#pragma GCC unroll 2
+                for (int s = 0; s < SUMS; s++) {
+                    const float* v = values[s] + e;
+                    sums[s][n] += (all(v[0]) * at[0] + all(v[1]) * at[1]) + (all(v[2]) * at[2] + all(v[3]) * at[3]);
+                }
             }
         }
         for (; e < entries.end(token); e++)
-            for (int n = 0; n < STRIP_VECTORS; n++) sums[n] += all(values[e]) * load(row(e) + n * LANES);
+            for (int n = 0; n < STRIP_VECTORS; n++)
+                for (int s = 0; s < SUMS; s++) sums[s][n] += all(values[s][e]) * load(row(e) + n * LANES);
     }
-    // Onto `out` the products of `x` with the rows of a token's entries.
-    void products(const Entries& entries, int64_t token, const Floats (&x)[STRIP_VECTORS], float* out) const {
+    // Onto `out` [SUMS, stride] the products of each `x` with the rows of a token's entries.
+    template <int SUMS>
+    void products(const Entries& entries, int64_t token, const Floats (&x)[SUMS][STRIP_VECTORS], float* out, int64_t stride) const {
         static_assert(STRIP_VECTORS == 4);
-        const auto product = [&](int64_t e) {
+        const auto product = [&](int64_t e, int s) {
             const float* of = rows + entries.indices[e] * STRIP;
-            return (x[0] * load(of) + x[1] * load(of + LANES)) + (x[2] * load(of + 2 * LANES) + x[3] * load(of + 3 * LANES));
+            return (x[s][0] * load(of) + x[s][1] * load(of + LANES)) + (x[s][2] * load(of + 2 * LANES) + x[s][3] * load(of + 3 * LANES));
         };
         int64_t e = entries.begin(token);
-        for (; e + 4 <= entries.end(token); e += 4) add_sums({product(e), product(e + 1), product(e + 2), product(e + 3)}, out + e);
-        for (; e < entries.end(token); e++) out[e] += sum(product(e));
+        for (; e + 4 <= entries.end(token); e += 4)
+#pragma GCC unroll 2
+            for (int s = 0; s < SUMS; s++)
+                add_sums({product(e, s), product(e + 1, s), product(e + 2, s), product(e + 3, s)}, out + s * stride + e);
+        for (; e < entries.end(token); e++)
+            for (int s = 0; s < SUMS; s++) out[s * stride + e] += sum(product(e, s));
     }
     void read(const float* from, Floats (&to)[STRIP_VECTORS]) const {
         float padded[STRIP] = {};
