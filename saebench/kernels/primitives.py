@@ -132,9 +132,9 @@ class Fused(Primitives, Protocol):
         """The sum of each latent's values: [F]."""
         ...
 
-    def row_lengths(self, W_FD: Tensor) -> Tensor:
-        """||W[f]|| for every row: [F]. Where this is offered, `update` takes `lengths_F` and leaves those of the new rows there, the same
-        bits."""
+    def row_lengths(self, W_FD: Tensor, from_D: Tensor | None = None) -> Tensor:
+        """||W[f] - from|| for every row: [F]. Where this is offered, `update` takes `lengths_F` and leaves ||W[f]|| of the new rows there,
+        the same bits."""
         ...
 
     def gradient_bound(self, W_FD: Tensor, gradient: Gradient) -> float:

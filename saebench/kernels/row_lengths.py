@@ -40,6 +40,14 @@ def row_lengths(W_FD: Tensor) -> Tensor:
     return _Lengths.apply(W_FD, _lengths(W_FD)) if torch.is_grad_enabled() and W_FD.requires_grad else _lengths(W_FD)
 
 
+def distances(x_BD: Tensor, point_D: Tensor) -> Tensor:
+    """||x[b] - point|| for every row, without gradient: [..., B]."""
+    measure = getattr(primitives_for(x_BD, point_D), "row_lengths", None)
+    if measure is None or x_BD.ndim != 2 or point_D.ndim != 1:
+        return torch.linalg.vector_norm(x_BD.detach() - point_D, dim=-1)
+    return measure(x_BD, point_D)
+
+
 class _Lengths(torch.autograd.Function):
     """Known lengths as a function of the matrix."""
 

@@ -20,6 +20,7 @@ from saebench.dictionaries import Dictionary, DictionaryConfig, Losses, Scaling,
 from saebench.errors import UserError
 from saebench.kernels import current_implementation
 from saebench.kernels.latent_numbers import latent_firings
+from saebench.kernels.row_lengths import distances
 from saebench.trainer.config import TrainConfig
 from saebench.trainer.optimiser import Adam, asking_waits
 
@@ -254,7 +255,7 @@ def figures(losses: Losses, norm: Tensor, firings_F: Tensor, mean_D: Tensor) -> 
         "l0": firings_F.sum(-1) / tokens,
         "gradient_norm": norm,
         "squared_error": losses.squared_error_B.sum(-1),
-        "squares": torch.linalg.vector_norm(losses.target_BD - mean_D, dim=-1).square().sum(-1),
+        "squares": distances(losses.target_BD, mean_D).square().sum(-1),
     }
 
 

@@ -7,7 +7,7 @@ from torch import nn
 import saebench as sb
 from saebench.kernels import use_implementation
 from saebench.kernels.latent_gradient import Parts, collect
-from saebench.kernels.row_lengths import keep_lengths, row_lengths
+from saebench.kernels.row_lengths import distances, keep_lengths, row_lengths
 from saebench.trainer import Member, TrainConfig
 
 BATCH, STEPS = 64, 6
@@ -104,3 +104,18 @@ def test_a_step_with_collected_lengths_is_that_of_torch(kernels):
     except sb.UserError as error:
         pytest.skip(str(error))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["stock", "cpu"])
+def test_distances_from_a_point(kernels):
+    x_BD = torch.randn(3, 40, 21, generator=torch.Generator().manual_seed(0))
+    point_D = torch.full((21,), 100.0)  # far off: squares are not to be taken apart
+    expected_B = (x_BD.double() - 100).norm(dim=-1)
+    try:
+        with use_implementation(kernels):
+            found_B = [distances(x_BD, point_D), distances(x_BD[0], point_D)]
+    except sb.UserError:
+        pytest.skip(f"no {kernels} kernels here")
+    torch.testing.assert_close(found_B[0].double(), expected_B, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found_B[1].double(), expected_B[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(distances(x_BD.double()[0], point_D.double()), expected_B[0], rtol=1e-12, atol=0)

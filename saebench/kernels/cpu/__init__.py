@@ -254,10 +254,11 @@ def update(
     return _latents(W_FD, m_FD, v_FD, gradient, unit, rule, float(factor), lengths_F)
 
 
-def row_lengths(W_FD: Tensor) -> Tensor:
-    W_FD = W_FD.detach().contiguous()
+def row_lengths(W_FD: Tensor, from_D: Tensor | None = None) -> Tensor:
+    W_FD, from_D = _ready(W_FD, from_D)
     lengths_F = torch.empty(len(W_FD))
-    library().saebench_row_lengths(at(W_FD), *map(ctypes.c_int64, W_FD.shape), torch.get_num_threads(), at(lengths_F))
+    sizes = map(ctypes.c_int64, W_FD.shape)
+    library().saebench_row_lengths(at(W_FD), at(from_D), *sizes, torch.get_num_threads(), at(lengths_F))
     return lengths_F
 
 

@@ -213,9 +213,21 @@ void saebench_sums(const Term* term, int64_t d_sae, int64_t width, int threads, 
     for (int64_t f = 0; f < d_sae; f++) gradient.sum(f, nullptr, out + f * width);
 }
 
-void saebench_row_lengths(const float* w, int64_t d_sae, int64_t width, int threads, float* lengths) {
-#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
-    for (int64_t f = 0; f < d_sae; f++) lengths[f] = length_of(w + f * width, width);
+// Of the rows, or with `from` of what they are beyond it.
+void saebench_row_lengths(const float* w, const float* from, int64_t num, int64_t width, int threads, float* lengths) {
+#pragma omp parallel num_threads(threads)
+    {
+        Array<float> beyond(from ? width : 0);
+#pragma omp for schedule(dynamic, 64)
+        for (int64_t f = 0; f < num; f++) {
+            const float* row = w + f * width;
+            if (from) {
+                for (int64_t p = 0; p < width; p++) beyond[p] = row[p] - from[p];
+                row = beyond.data();
+            }
+            lengths[f] = length_of(row, width);
+        }
+    }
 }
 
 // An upper bound of the gradient's norm from the lengths of rows alone; lengths[i] are those of term i's rows, w_norms those of w.
